@@ -1,0 +1,9 @@
+"""Pure rules over arrays: what clients sent -> one result. No message, config or file in sight."""
+
+from __future__ import annotations
+
+from fedllm.aggregation.mean import Rule, mean, uniform
+
+RULES: dict[str, Rule] = {"mean": mean, "uniform": uniform}
+
+__all__ = ["RULES", "Rule", "mean", "uniform"]

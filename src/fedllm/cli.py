@@ -1,0 +1,194 @@
+"""The command line: thin, and nothing heavy imported until needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedllm import __version__
+from fedllm.errors import FedllmError
+
+app = typer.Typer(
+    name="fedllm",
+    help="Fine-tune one language model on data that must not move: by parameters, logits or "
+    "activations, every cost measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="Experiment file (TOML).")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.rate=0.001."),
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the run folder goes.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]
+
+
+def main() -> None:
+    """Entry point: errors of the user's input end with code 2, Ctrl-C with 130."""
+    try:
+        app()
+    except FedllmError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho(
+            "interrupted; committed rounds are kept: the same command with --resume goes on",
+            fg="yellow", err=True,
+        )  # fmt: skip
+        sys.exit(130)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"fedllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(file: File, set_: Set = None, out: Out = None, resume: Resume = False,
+        quiet: Quiet = False) -> None:  # fmt: skip
+    """Run the experiment's one strategy."""
+    from fedllm import compare, experiment, federation
+    from fedllm.report import page, tables
+    from fedllm.report.progress import progress
+
+    spec = experiment.load(file, set_ or ())
+    folder = out or Path("runs") / spec.name
+    with progress(quiet) as listener:
+        if len(spec.seeds) == 1:
+            summary = federation.run(spec, spec.seeds[0], folder, resume=resume, listener=listener)
+        else:
+            summary = compare.seeds(spec, folder, resume=resume, listener=listener)
+    tables.show(summary)
+    typer.echo(f"report: {page.write(folder)}")
+
+
+@app.command()
+def compare(file: File, set_: Set = None, out: Out = None, resume: Resume = False,
+            quiet: Quiet = False) -> None:  # fmt: skip
+    """Run all three strategies and the bounds ([compare] says otherwise), and lay them side by side."""
+    from fedllm import compare as comparison
+    from fedllm import experiment
+    from fedllm.report import page, tables
+    from fedllm.report.progress import progress
+
+    spec = experiment.load(file, set_ or ())
+    folder = out or Path("runs") / f"{spec.name}-compare"
+    with progress(quiet) as listener:
+        summary = comparison.run(spec, folder, resume=resume, listener=listener)
+    tables.show(summary)
+    typer.echo(f"report: {page.write(folder)}")
+
+
+@app.command()
+def check(file: File, set_: Set = None) -> None:
+    """Say what would run, with an estimate of bytes, time, memory and disk; run nothing."""
+    from fedllm import experiment
+    from fedllm.report import tables
+    from fedllm.report.check import check as look
+
+    tables.check(look(experiment.load(file, set_ or ())))
+
+
+@app.command()
+def report(folder: RunFolder) -> None:
+    """Draw the report of a finished run or comparison again."""
+    from fedllm.compare import read
+    from fedllm.report import page, tables
+
+    tables.show(read(folder))
+    typer.echo(f"report: {page.write(folder)}")
+
+
+@app.command()
+def demo(out: Out = None, resume: Resume = False, quiet: Quiet = False) -> None:
+    """Compare the three strategies on the built-in model and text; no download."""
+    from fedllm import compare as comparison
+    from fedllm import experiment
+    from fedllm.report import page, tables
+    from fedllm.report.progress import progress
+
+    spec = experiment.load(Path(__file__).parent / "demo.toml")
+    folder = out or Path("runs") / "demo"
+    with progress(quiet) as listener:
+        summary = comparison.run(spec, folder, resume=resume, listener=listener)
+    tables.show(summary)
+    typer.echo(f"report: {page.write(folder)}")
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Your rows: .csv, .json, .jsonl.")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("fedllm.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Write a commented experiment file for your own data."""
+    from fedllm.report.init import template
+
+    if out.exists() and not force:
+        raise FedllmError(f"{out}: exists; --out takes another name, --force replaces it")
+    text = template(data, out)
+    try:
+        out.write_text(text)
+    except OSError as error:
+        raise FedllmError(f"{out}: cannot be written ({error.strerror})") from None
+    typer.echo(f"wrote {out}\nnext: fedllm check {out}")
+
+
+@app.command()
+def predict(
+    folder: RunFolder,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A text per line, or a CSV/JSON file.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help="A text; repeatable.")] = None,
+    client: Annotated[
+        str | None, typer.Option("--client", help="A client's own model, where there are several.")
+    ] = None,
+) -> None:
+    """Answer with a run's model: a JSON line for each text."""
+    import json
+
+    from fedllm.predict import predict as answer
+
+    for found in answer(folder, text or [], file, client):
+        typer.echo(json.dumps(found, ensure_ascii=False))
+
+
+@app.command()
+def export(
+    folder: RunFolder,
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="One whole model, without PEFT.")] = False,
+    client: Annotated[
+        str | None, typer.Option("--client", help="A client's own model, where there are several.")
+    ] = None,
+) -> None:
+    """Copy a run's adapter, or the whole model with it merged in."""
+    from fedllm.predict import export as write
+
+    typer.echo(f"wrote {write(folder, out, merge, client)}")
+
+
+Command = Callable[..., Any]
+
+if __name__ == "__main__":
+    main()

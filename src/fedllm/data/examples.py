@@ -1,0 +1,238 @@
+"""Tokenized examples, and how text becomes them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedllm import experiment as ex
+from fedllm.errors import FedllmError, nearest
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows ready for a model.
+
+    ids: tokens of each row.  labels: class of each row (classification; empty otherwise).
+    start: index of the first token that is predicted (generation).  utf8: bytes of the text
+    that the predicted tokens stand for.  prompts, responses: text, kept for Rouge-L.
+    unknown: tokens that are ``<unk>``.
+    """
+
+    ids: tuple[Ints, ...]
+    labels: Ints
+    start: Ints
+    utf8: Ints
+    prompts: tuple[str, ...] = ()
+    responses: tuple[str, ...] = ()
+    unknown: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def lengths(self) -> Ints:
+        """Tokens of each row."""
+        return np.array([len(row) for row in self.ids], dtype=np.int64)
+
+    @cached_property
+    def targets(self) -> Ints:
+        """Predicted tokens of each row (generation), or 1 each (classification)."""
+        return np.ones(len(self), np.int64) if len(self.labels) else self.lengths - self.start
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return int(self.lengths.sum())
+
+    def take(self, rows: Sequence[int] | Ints) -> Examples:
+        """These rows, in this order."""
+        index = np.asarray(rows, dtype=np.int64)
+        return Examples(
+            ids=tuple(self.ids[i] for i in index),
+            labels=self.labels[index] if len(self.labels) else self.labels,
+            start=self.start[index] if len(self.start) else self.start,
+            utf8=self.utf8[index] if len(self.utf8) else self.utf8,
+            prompts=tuple(self.prompts[i] for i in index) if self.prompts else (),
+            responses=tuple(self.responses[i] for i in index) if self.responses else (),
+        )
+
+    def without_labels(self) -> Examples:
+        """The same rows with nothing but their tokens; every token but the first is predicted."""
+        empty = np.zeros(0, np.int64)
+        return Examples(self.ids, empty, np.ones(len(self), np.int64), empty)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the tokens, to see that two sites hold the same public set."""
+        digest = hashlib.sha256()
+        for row in self.ids:
+            digest.update(len(row).to_bytes(4, "little") + row.astype("<i4").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def join(parts: Sequence[Examples]) -> Examples:
+    """One set after another."""
+    return Examples(
+        ids=tuple(row for part in parts for row in part.ids),
+        labels=np.concatenate([part.labels for part in parts]),
+        start=np.concatenate([part.start for part in parts]),
+        utf8=np.concatenate([part.utf8 for part in parts]),
+        prompts=tuple(text for part in parts for text in part.prompts),
+        responses=tuple(text for part in parts for text in part.responses),
+        unknown=sum(part.unknown for part in parts),
+    )
+
+
+class Encoder:
+    """Turns rows into Examples, as the experiment's task and data contract say."""
+
+    def __init__(
+        self, tokenizer: Any, task: ex.Task, data: ex.Data, labels: Sequence[str], longest: int
+    ) -> None:
+        """``longest``: tokens the model takes at most; ``data.max_tokens`` may say less."""
+        self.tokenizer, self.task, self.data = tokenizer, task, data
+        self.labels = {label: index for index, label in enumerate(labels)}
+        if data.max_tokens is not None and data.max_tokens > longest:
+            raise FedllmError(
+                f"data.max_tokens = {data.max_tokens}: the model takes at most {longest}"
+            )
+        self.max_tokens = data.max_tokens or min(longest, 512)
+        if task.chat_template and not getattr(tokenizer, "chat_template", None):
+            raise FedllmError(
+                "task.chat_template = true: this tokenizer has no chat template; "
+                "use one of an instruction-tuned model, or write the prompt out"
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that every source must have."""
+        if self.data.prompt is not None and self.data.response is not None:
+            return (self.data.prompt, self.data.response)
+        if self.task.kind == "classification":
+            return (self.data.text, self.data.label)
+        return (self.data.text,)
+
+    def __call__(self, rows: Sequence[dict[str, str]], where: str) -> Examples:
+        """Encode rows; ``where`` is what an error about an unknown label names."""
+        if self.task.kind == "classification":
+            return self._classified(rows, where)
+        if self.data.prompt is not None:
+            return self._answered(rows)
+        return self._plain(rows)
+
+    def _classified(self, rows: Sequence[dict[str, str]], where: str) -> Examples:
+        labels = []
+        for number, row in enumerate(rows, 1):
+            label = row[self.data.label]
+            if label not in self.labels:
+                raise FedllmError(
+                    f"{where}: row {number}: label {label!r} is not among the experiment's labels "
+                    f"(data.labels, or those of the training rows); {nearest(label, self.labels)}"
+                )
+            labels.append(self.labels[label])
+        texts = [row[self.data.text] for row in rows]
+        ids = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+        empty = [number for number, row in enumerate(ids, 1) if not row]
+        if empty:
+            raise FedllmError(f"{where}: row {empty[0]}: no token in {self.data.text!r}")
+        return Examples(
+            ids=tuple(np.array(row, np.int64) for row in ids),
+            labels=np.array(labels, np.int64),
+            start=np.zeros(0, np.int64),
+            utf8=np.array([len(text.encode()) for text in texts], np.int64),
+            unknown=self._unknown(ids),
+        )
+
+    def _unknown(self, ids: Sequence[Sequence[int]]) -> int:
+        unk = self.tokenizer.unk_token_id
+        # GPT-2 declares its end-of-text token as "unknown" too, but its bytes cover everything
+        if unk is None or unk == self.tokenizer.eos_token_id:
+            return 0
+        return sum(list(row).count(unk) for row in ids)
+
+    def _start(self) -> list[int]:
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return [token]
+        return []
+
+    def _plain(self, rows: Sequence[dict[str, str]]) -> Examples:
+        """Text in windows of at most ``max_tokens``; every token is predicted exactly once."""
+        ids: list[list[int]] = []
+        utf8: list[int] = []
+        start = self._start()
+        size = self.max_tokens - len(start)
+        for row in rows:
+            text = row[self.data.text]
+            coded = self.tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            tokens, offsets = coded["input_ids"], coded["offset_mapping"]
+            for begin in range(0, len(tokens), size):
+                window = start + tokens[begin : begin + size]
+                if len(window) < 2:
+                    continue
+                end = begin + size
+                first = 0 if begin == 0 else offsets[begin][0]
+                last = offsets[end][0] if end < len(tokens) else len(text)
+                if not start:  # without a start token the first one is not predicted
+                    first = offsets[begin + 1][0]
+                ids.append(window)
+                utf8.append(len(text[first:last].encode()))
+        if not ids:
+            raise FedllmError(f"no text in column {self.data.text!r}")
+        return Examples(
+            ids=tuple(np.array(row, np.int64) for row in ids),
+            labels=np.zeros(0, np.int64),
+            start=np.ones(len(ids), np.int64),
+            utf8=np.array(utf8, np.int64),
+            unknown=self._unknown(ids),
+        )
+
+    def prompt(self, text: str) -> list[int]:
+        """Tokens before the response, the start token included."""
+        if self.task.chat_template:
+            coded = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True,
+                return_dict=True,
+            )  # fmt: skip
+            return list(coded["input_ids"])
+        return self._start() + list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _answered(self, rows: Sequence[dict[str, str]]) -> Examples:
+        """Prompt, response, end. A prompt too long for the response loses its beginning."""
+        assert self.data.prompt is not None and self.data.response is not None
+        ids, starts, utf8 = [], [], []
+        eos = self.tokenizer.eos_token_id
+        end = [] if eos is None else [eos]
+        for row in rows:
+            prompt = self.prompt(row[self.data.prompt])
+            coded = self.tokenizer(
+                row[self.data.response], add_special_tokens=False, return_offsets_mapping=True
+            )
+            room = max(self.max_tokens - 1 - len(end), 1)
+            answer, offsets = coded["input_ids"][:room], coded["offset_mapping"][:room]
+            prompt = prompt[-max(self.max_tokens - len(answer) - len(end), 1) :]
+            ids.append(prompt + answer + end)
+            starts.append(len(prompt) if self.task.response_only else 1)
+            kept = row[self.data.response][: offsets[-1][1] if offsets else 0]
+            shown = kept if self.task.response_only else row[self.data.prompt] + kept
+            utf8.append(max(len(shown.encode()), 1))
+        return Examples(
+            ids=tuple(np.array(row, np.int64) for row in ids),
+            labels=np.zeros(0, np.int64),
+            start=np.array(starts, np.int64),
+            utf8=np.array(utf8, np.int64),
+            prompts=tuple(row[self.data.prompt] for row in rows),
+            responses=tuple(row[self.data.response] for row in rows),
+            unknown=self._unknown(ids),
+        )

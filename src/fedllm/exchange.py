@@ -1,0 +1,220 @@
+"""ask: the only caller of codecs and transport; it counts every frame.
+
+Outgoing order: strategy -> codec -> frame. ``Exchange`` is the server's end, ``Endpoint`` the
+clients' end of the same wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fedllm.codecs import CODECS
+from fedllm.errors import FedllmError
+from fedllm.ledger import Ledger, Row
+from fedllm.message import Failure, Message, Role, pack, payload_bytes, unpack
+from fedllm.training.meter import Measured, Meter, costs_of
+from fedllm.transport import Transport
+
+Handler = Callable[[dict[str, Message]], dict[str, Message | Failure]]
+Listen = Callable[[str, str, int], None]
+FAILED = "failed"
+
+
+def encode(
+    message: Message, codecs: Mapping[str, str]
+) -> tuple[bytes, Message, dict[str, str]]:
+    """Message -> (frame, the message as it travels, codecs by tensor).
+
+    Each tensor goes through the codec of its role.
+    """
+    tensors, roles, used = {}, {}, {}
+    for name, tensor in message.tensors.items():
+        role = message.roles[name]
+        codec = codecs.get(role.value, "none")
+        if codec == "none" or not tensor.is_floating_point():
+            tensors[name], roles[name] = tensor, role
+            continue
+        _, parts = CODECS[codec].encode({}, tensor)
+        for part, value in parts.items():
+            tensors[f"{name}//{part}"] = value
+            roles[f"{name}//{part}"] = role
+        used[name] = codec
+    wire = replace(message, tensors=tensors, roles=roles)
+    return pack(wire, used), wire, used
+
+
+def decode(frame: bytes) -> tuple[Message, Message, dict[str, str]]:
+    """Frame -> (message, the message as it travelled, codecs by tensor)."""
+    wire, used = unpack(frame)
+    tensors = {n: t for n, t in wire.tensors.items() if "//" not in n}
+    roles = {n: r for n, r in wire.roles.items() if "//" not in n}
+    for name, codec in used.items():
+        if codec not in CODECS:
+            raise FedllmError(f"frame: unknown codec {codec!r}")
+        parts = {
+            n.rpartition("//")[2]: t for n, t in wire.tensors.items() if n.startswith(f"{name}//")
+        }
+        try:
+            tensors[name] = CODECS[codec].decode(parts)
+        except KeyError as error:
+            raise FedllmError(f"frame: codec {codec!r} of {name!r} lacks part {error}") from None
+        roles[name] = next(r for n, r in wire.roles.items() if n.startswith(f"{name}//"))
+    return replace(wire, tensors=tensors, roles=roles), wire, used
+
+
+class Exchange:
+    """The server's end: asks clients and counts what it costs."""
+
+    def __init__(
+        self, transport: Transport, ledger: Ledger, run: str, base: str,
+        codecs: Mapping[str, str] | None = None, minimum: int | None = None,
+        listen: Listen | None = None, measured: Measured | None = None,
+    ) -> None:  # fmt: skip
+        """minimum: replies without which a step fails (None: all).  listen: (step, client, rows)
+        for a progress line."""
+        self.transport, self.ledger, self.run, self.base = transport, ledger, run, base
+        self.codecs = dict(codecs or {})
+        self.minimum = minimum
+        self.listen = listen or (lambda step, client, rows: None)
+        self.round, self.attempt = 0, 0
+        self.meter = Meter(measured, lambda rows: self.listen("", "server", rows))
+        self._count = 0
+
+    def open(self, round: int) -> None:
+        """Begin (or begin again) a round."""
+        self.attempt = self.attempt + 1 if round == self.round else 1
+        self.round = round
+        self.ledger.rollback()
+        self.meter.take()
+
+    def close(self) -> None:
+        """Write down what the server computed in this round."""
+        self._costs("server", self.meter.take(), 1)
+
+    def ask(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | Failure]]:
+        """Send one request to each client; yield (client, reply or failure) as they come.
+
+        A reply with NaN or infinity, of another run, round or client is a Failure.
+        """
+        waiting: dict[str, tuple[str, Message]] = {}
+        for client, request in requests.items():
+            self._count += 1
+            message = replace(
+                request, client=client, run=self.run, round=self.round, attempt=self.attempt,
+                base=self.base, id=f"{self.round}.{self.attempt}.{self._count}",
+            )  # fmt: skip
+            frame, wire, used = encode(message, self.codecs)
+            self._frame(len(frame), wire, used, client, "down", len(requests))
+            self.listen(message.step, client, 0)
+            waiting[self.transport.post(client, frame)] = (client, message)
+        for id, answer in self.transport.collect():
+            client, message = waiting.pop(id)
+            reply = self._receive(answer, message, len(requests))
+            if isinstance(reply, Failure):
+                self.ledger.add(
+                    Row(self.run, self.round, reply.step, client, "up", failures=1,
+                        reason=reply.reason[:200])  # fmt: skip
+                )
+            yield client, reply
+
+    def gather(self, requests: Mapping[str, Message]) -> dict[str, Message]:
+        """``ask``, and wait for all: the good replies in the order of the clients' names.
+
+        Raises FedllmError naming who failed and why when fewer than ``minimum`` replied.
+        """
+        replies: dict[str, Message] = {}
+        failures = []
+        for client, reply in self.ask(requests):
+            if isinstance(reply, Failure):
+                failures.append(f"{client}: {reply.reason}")
+            else:
+                replies[client] = reply
+        needed = len(requests) if self.minimum is None else min(self.minimum, len(requests))
+        if len(replies) < max(needed, 1):
+            raise FedllmError(
+                f"round {self.round}: {len(replies)} of {len(requests)} clients replied, "
+                f"{max(needed, 1)} are needed (exchange.minimum_replies); {'; '.join(failures)}"
+            )
+        return dict(sorted(replies.items()))
+
+    def _receive(self, answer: bytes | Failure, request: Message, cohort: int) -> Message | Failure:
+        client = request.client
+        if isinstance(answer, Failure):
+            return answer
+        try:
+            reply, wire, used = decode(answer)
+        except FedllmError as error:
+            return Failure(client, request.step, str(error))
+        self._frame(len(answer), wire, used, client, "up", cohort)
+        self._costs(client, dict(reply.facts), cohort)
+        expected = (self.run, self.round, client, request.id)
+        if (reply.run, reply.round, reply.client, reply.id) != expected:
+            return Failure(client, request.step, "the reply belongs to another request")
+        if reply.task == FAILED:
+            return Failure(client, request.step, str(reply.facts.get("reason", "unknown")))
+        for name, tensor in reply.tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                return Failure(client, reply.step, f"sent NaN or infinity in {name!r}")
+        return reply
+
+    def _frame(
+        self, size: int, wire: Message, used: dict[str, str], client: str, direction: str,
+        cohort: int,
+    ) -> None:  # fmt: skip
+        common: dict[str, Any] = {
+            "run": self.run, "round": self.round, "step": wire.step, "client": client,
+            "direction": direction, "cohort": cohort,
+        }  # fmt: skip
+        paid = payload_bytes(wire)
+        by_role = {wire.roles[f"{n}//{p}"]: c for n, c in used.items() for p in _parts(wire, n)}
+        for role, paid_for in paid.items():
+            codec = by_role.get(role, "none")
+            self.ledger.add(
+                Row(**common, role=role.value, codec=codec, payload_bytes=paid_for,
+                    wire_bytes=paid_for)  # fmt: skip
+            )
+        rest = size - sum(paid.values())
+        self.ledger.add(Row(**common, role="header", wire_bytes=rest, frames=1))
+
+    def _costs(self, client: str, facts: dict[str, Any], cohort: int) -> None:
+        for step, cost in costs_of(facts).items():
+            self.ledger.add(
+                Row(self.run, self.round, step, client, "compute", cohort=cohort, **cost)  # type: ignore[arg-type]
+            )
+
+
+def _parts(wire: Message, name: str) -> list[str]:
+    return [n.rpartition("//")[2] for n in wire.tensors if n.startswith(f"{name}//")]
+
+
+class Endpoint:
+    """The clients' end: frames in, frames out, around a worker's ``handle``."""
+
+    def __init__(self, handle: Handler, codecs: Mapping[str, str] | None = None) -> None:
+        """``handle``: many clients' messages in, as many replies or failures out."""
+        self.handle = handle
+        self.codecs = dict(codecs or {})
+
+    def __call__(self, frames: dict[str, bytes]) -> dict[str, bytes]:
+        """Answer every client's frame; a failure travels as a frame, too."""
+        requests = {client: decode(frame)[0] for client, frame in frames.items()}
+        answers = {}
+        for client, reply in self.handle(requests).items():
+            request = requests[client]
+            if isinstance(reply, Failure):
+                reply = Message(request.step, FAILED, facts={"reason": reply.reason})
+            stamped = replace(
+                reply, client=client, run=request.run, round=request.round, id=request.id,
+                attempt=request.attempt, base=request.base,
+            )  # fmt: skip
+            answers[client] = encode(stamped, self.codecs)[0]
+        return answers
+
+
+def tensors_of(message: Message, role: Role) -> dict[str, torch.Tensor]:
+    """A message's tensors of one role."""
+    return {name: t for name, t in message.tensors.items() if message.roles[name] is role}

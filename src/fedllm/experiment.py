@@ -1,0 +1,515 @@
+"""An experiment file: TOML -> a frozen, strict Experiment. The only home of defaults and limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedllm.errors import FedllmError, nearest
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A table of the file: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Section):
+    """Which base model. ``name`` is ``builtin``, a folder, or a name on the hub."""
+
+    name: str = "builtin"
+    revision: str | None = None
+    weights: Literal["pretrained", "random"] = "pretrained"
+    tokenizer: str | None = None
+    device: str = "cpu"
+    threads: Count = 0
+
+
+class Task(Section):
+    """What is learnt. Generation trains on the response only, unless ``response_only = false``."""
+
+    kind: Literal["classification", "generation"] = "classification"
+    chat_template: bool = False
+    response_only: bool = True
+
+
+class Data(Section):
+    """The contract every client keeps: columns, labels, longest example in tokens.
+
+    Generation takes either ``text`` alone (plain language modelling) or ``prompt`` and
+    ``response``. Without ``max_tokens`` the model's own limit holds (at most 512).
+    """
+
+    text: str = "text"
+    label: str = "label"
+    prompt: str | None = None
+    response: str | None = None
+    labels: tuple[str, ...] = ()
+    max_tokens: Positive | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError("prompt and response columns go together")
+        return self
+
+
+class Public(Section):
+    """The public set of the logits strategy: ``size`` rows cut from the training source before
+    the clients get theirs, or all (at most ``size``, if given) of a ``source`` of its own."""
+
+    source: str | None = None
+    size: Count = 0
+    rows_per_round: Positive | None = None
+    labelled: bool = False
+    ship: bool = False
+
+
+Head = Literal["shared", "personal", "frozen"]
+
+
+class Lora(Section):
+    """LoRA (arXiv 2106.09685) through PEFT; targets default to the model type's usual ones."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Positive = 8
+    alpha: Rate = 16.0
+    dropout: Fraction = 0.0
+    targets: tuple[str, ...] = ()
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    head: Head = "shared"
+
+
+class Adapter(Section):
+    """Bottleneck adapters, h + W_up gelu(W_down h), with W_up = 0 at the start."""
+
+    kind: Literal["adapter"] = "adapter"
+    width: Positive = 16
+    after: tuple[Literal["attention", "ffn"], ...] = ("attention", "ffn")
+    head: Head = "shared"
+
+
+class BitFit(Section):
+    """All biases of the base are trained (BERT and GPT-2 types have them; Llama types do not)."""
+
+    kind: Literal["bitfit"] = "bitfit"
+    head: Head = "shared"
+
+
+class Prompt(Section):
+    """Soft prompt: learnt vectors before the input embeddings (PEFT's prompt tuning)."""
+
+    kind: Literal["prompt"] = "prompt"
+    tokens: Positive = 10
+    head: Head = "shared"
+
+
+class Prefix(Section):
+    """Learnt keys and values before every layer's own (PEFT's prefix tuning); decoders only."""
+
+    kind: Literal["prefix"] = "prefix"
+    tokens: Positive = 10
+    head: Head = "shared"
+
+
+class Full(Section):
+    """Every weight of the model is trained."""
+
+    kind: Literal["full"] = "full"
+    head: Head = "shared"
+
+
+Tunables = Annotated[
+    Lora | Adapter | BitFit | Prompt | Prefix | Full, Field(discriminator="kind")
+]
+
+
+class Training(Section):
+    """How a client trains. ``schedule`` runs over all rounds of the experiment."""
+
+    epochs: Positive = 1
+    batch_size: Positive = 16
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    rate: Rate = 1e-3
+    momentum: Fraction = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Fraction = 0.0
+    clip: Rate | None = None
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    base_dropout: bool = False
+    padding: Literal["bucket", "longest", "fixed"] = "bucket"
+
+
+class Parameters(Section):
+    """Clients exchange tunables (steps a1 to a4)."""
+
+    kind: Literal["parameters"] = "parameters"
+    payload: Literal["value", "delta"] = "value"
+    aggregation: Literal["mean", "uniform"] = "mean"
+
+
+class Logits(Section):
+    """Clients exchange logits of the public set (steps b1 to b8).
+
+    ``server_model = false`` is FedMD (arXiv 1910.03581): no model at the server.
+    ``client_models`` are taken in turn by the clients; none means the experiment's model.
+    ``rate`` is the rate of distillation; none means the training rate.
+    """
+
+    kind: Literal["logits"] = "logits"
+    temperature: Rate = 1.0
+    loss: Literal["kl", "mse"] = "kl"
+    knowledge: Literal["mean", "uniform"] = "uniform"
+    server_model: bool = True
+    client_models: tuple[str, ...] = ()
+    epochs: Positive = 1
+    batch_size: Positive | None = None
+    rate: Rate | None = None
+
+
+class Activations(Section):
+    """Clients run the first ``cut`` blocks, the server the rest (steps c1 to c5, cc1 to cc4).
+
+    ``cut = 0`` stands for half of the blocks. ``average_every`` batches the client halves are
+    averaged; 0 means once, at the end of the round.
+    """
+
+    kind: Literal["activations"] = "activations"
+    cut: Count = 0
+    server: Literal["sequential", "per-client", "concatenated"] = "sequential"
+    turn: Literal["batch", "epoch"] = "batch"
+    labels: Literal["server", "client"] = "server"
+    average_every: Count = 0
+
+
+class Standalone(Section):
+    """Bound: each client alone; nothing is exchanged. ``steps`` replaces rounds x epochs.
+
+    ``public`` trains each of them on the public set with its labels instead.
+    """
+
+    kind: Literal["standalone"] = "standalone"
+    steps: tuple[Positive, ...] = ()
+    public: bool = False
+
+
+class Centralized(Section):
+    """Bound: all private data in one place. Only a simulation can do this."""
+
+    kind: Literal["centralized"] = "centralized"
+
+
+Strategy = Annotated[
+    Parameters | Logits | Activations | Standalone | Centralized, Field(discriminator="kind")
+]
+Codec = Literal["none", "fp16"]
+
+
+class Exchange(Section):
+    """What happens between strategy and wire. ``codecs`` maps a role to a codec's name."""
+
+    clients_per_round: Positive | None = None
+    minimum_replies: Positive | None = None
+    codecs: dict[
+        Literal["parameter", "logit", "activation", "gradient"],
+        Codec,
+    ] = {}
+
+
+class Evaluation(Section):
+    """``every`` rounds, and always after the last. ``rouge_examples`` answers a client writes."""
+
+    every: Count = 1
+    batch_size: Positive = 64
+    on: Literal["test", "validation"] = "test"
+    rouge_examples: Count = 0
+    max_new_tokens: Positive = 40
+
+
+class Iid(Section):
+    """Rows are dealt at random."""
+
+    kind: Literal["iid"] = "iid"
+
+
+class Dirichlet(Section):
+    """Each label's rows are divided in proportions drawn from Dirichlet(alpha)."""
+
+    kind: Literal["dirichlet"] = "dirichlet"
+    alpha: Rate = 0.5
+
+
+class ByColumn(Section):
+    """Natural clients: one for each value of a column, the largest first."""
+
+    kind: Literal["by_column"] = "by_column"
+    column: str
+
+
+Partition = Annotated[Iid | Dirichlet | ByColumn, Field(discriminator="kind")]
+
+
+class Simulation(Section):
+    """Where the data of a simulated federation comes from, and how clients get theirs.
+
+    Real sites ignore this section: each says in its own site file where its data lies.
+    ``sizes`` gives the clients' numbers of rows one by one; ``examples`` the same for all.
+    """
+
+    source: str = "builtin"
+    test: str | None = None
+    format: Literal["auto", "csv", "jsonl", "dialogue"] = "auto"
+    split: str = "train"
+    clients: Positive = 3
+    partition: Partition = Iid()
+    sizes: tuple[Positive, ...] = ()
+    examples: Positive | None = None
+    test_examples: Positive | None = None
+    test_fraction: Fraction = 0.2
+    validation: Fraction = 0.0
+    cohort: Positive = 16
+
+
+StrategyName = Literal["parameters", "logits", "activations"]
+BoundName = Literal["centralized", "standalone", "standalone-equal-steps"]
+
+
+class Compare(Section):
+    """What ``fedllm compare`` runs, and each strategy's options there."""
+
+    strategies: tuple[StrategyName, ...] = get_args(StrategyName)
+    bounds: tuple[BoundName, ...] = get_args(BoundName)
+    parameters: Parameters = Parameters()
+    logits: Logits = Logits()
+    activations: Activations = Activations()
+
+
+class Experiment(Section):
+    """The whole file. Paths in it are already resolved against the file's folder."""
+
+    name: str = "experiment"
+    rounds: Positive = 5
+    seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = (0,)
+    model: Model = Model()
+    task: Task = Task()
+    data: Data = Data()
+    public: Public = Public()
+    tunables: Tunables = Lora()
+    training: Training = Training()
+    strategy: Strategy = Parameters()
+    exchange: Exchange = Exchange()
+    evaluation: Evaluation = Evaluation()
+    simulation: Simulation = Simulation()
+    compare: Compare = Compare()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        sizes = self.simulation.sizes
+        if sizes and len(sizes) != self.simulation.clients:
+            raise ValueError(
+                f"simulation.sizes: {len(sizes)} sizes for {self.simulation.clients} clients"
+            )
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds: the same seed twice")
+        if self.task.kind == "generation" and self.tunables.head != "shared":
+            raise ValueError(
+                "tunables.head: a language model has no task head of its own; leave it out"
+            )
+        every = self.exchange.clients_per_round
+        if every is not None and every > self.simulation.clients:
+            raise ValueError(
+                f"exchange.clients_per_round: {every} of {self.simulation.clients} clients"
+            )
+        return self
+
+    def replace(self, **changes: Any) -> Experiment:
+        """A changed copy, checked again; e.g. ``replace(strategy=Logits(), seeds=(1,))``."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return Experiment(**{**values, **changes})
+
+
+PATHS = (("model", "name"), ("model", "tokenizer"), ("simulation", "source"),
+         ("simulation", "test"), ("public", "source"))  # fmt: skip
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read, expand, override and check an experiment file.
+
+    ``overrides`` are ``dotted.key=value`` with TOML values (bare words are strings).
+    Raises FedllmError naming the file, the key, the value, and what was expected.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FedllmError(f"{path}: cannot be read ({error})") from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise FedllmError(f"{path}: not valid TOML: {error}") from None
+    values.setdefault("name", path.stem)
+    return parse(values, str(path), path.resolve().parent, overrides)
+
+
+def parse(
+    values: dict[str, Any], origin: str, folder: Path, overrides: Sequence[str] = ()
+) -> Experiment:
+    """Check a dictionary as ``load`` does; ``origin`` is what errors name."""
+    values = _expand(values, origin)
+    for section, key in PATHS:
+        _resolve(values.get(section), key, folder)
+    for strategy in (values.get("strategy"), (values.get("compare") or {}).get("logits")):
+        if isinstance(strategy, dict) and isinstance(strategy.get("client_models"), list):
+            strategy["client_models"] = [
+                _path(item, folder) for item in strategy["client_models"]
+            ]
+    for override in overrides:
+        _override(values, override)
+    for section in ("tunables", "strategy"):
+        if isinstance(values.get(section), dict):
+            default = {"tunables": "lora", "strategy": "parameters"}[section]
+            values[section].setdefault("kind", default)
+    try:
+        return Experiment.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        raise FedllmError(_explain(error, values, origin)) from None
+
+
+def dump(experiment: Experiment) -> str:
+    """The resolved experiment as TOML, with every default, that ``load`` reads back equal."""
+    lines: list[str] = []
+    _write(lines, experiment.model_dump(mode="json", exclude_none=True), "")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _write(lines: list[str], table: Mapping[str, Any], prefix: str) -> None:
+    for key, value in table.items():
+        if not isinstance(value, dict):
+            lines.append(f"{key} = {_toml(value)}")
+    for key, value in table.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{prefix}{key}]"]
+            _write(lines, value, f"{prefix}{key}.")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _expand(value: Any, origin: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, origin) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, origin) for item in value]
+    if isinstance(value, str):
+
+        def variable(match: re.Match[str]) -> str:
+            name, default = match.groups()
+            found = os.environ.get(name, default)
+            if found is None:
+                raise FedllmError(
+                    f"{origin}: ${{{name}}} is not set; set it, or write ${{{name}:-default}}"
+                )
+            return found
+
+        return _VARIABLE.sub(variable, value)
+    return value
+
+
+def _path(text: str, folder: Path) -> str:
+    """A path that exists relative to the file becomes absolute; other names stay as they are."""
+    looks_local = text.startswith((".", "/", "~"))
+    candidate = folder / Path(text).expanduser()
+    return str(candidate.resolve()) if looks_local or candidate.exists() else text
+
+
+def _resolve(section: Any, key: str, folder: Path) -> None:
+    if isinstance(section, dict) and isinstance(section.get(key), str):
+        section[key] = section[key] if section[key] == "builtin" else _path(section[key], folder)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise FedllmError(f"--set {override}: expected key=value, e.g. --set training.rate=0.001")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    table = values
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise FedllmError(f"--set {override}: {section!r} is not a section")
+    if (*sections, last) in PATHS and isinstance(value, str) and value != "builtin":
+        value = _path(value, Path.cwd())
+    if last == "kind" and table.get("kind") != value:
+        table.clear()  # another kind has other keys; those of the old one would be refused
+    table[last] = value
+
+
+def _explain(error: ValidationError, values: dict[str, Any], origin: str) -> str:
+    """The first problem, with the key as the user wrote it and the nearest valid choice."""
+    problem = error.errors(include_url=False)[0]
+    keys = [str(part) for part in problem["loc"]]
+    shown = ".".join(key for key, real in _walk(keys, values) if real) or "file"
+    value = problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        return f"{origin}: unknown key {shown!r}; {nearest(keys[-1], _known(keys[:-1]))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{origin}: {message}" if shown == "file" else f"{origin}: {shown}: {message}"
+    expected = str(problem.get("ctx", {}).get("expected", ""))
+    if problem["type"] == "union_tag_invalid":
+        expected = str(problem["ctx"]["expected_tags"])
+        value = problem["ctx"]["tag"]
+        shown += ".kind"
+    choices = re.findall(r"'([^']*)'", expected)
+    hint = f"; {nearest(value, choices)}" if choices else ""
+    return f"{origin}: {shown} = {json.dumps(value, default=str)}: {message}{hint}"
+
+
+def _walk(keys: list[str], values: Any) -> list[tuple[str, bool]]:
+    """Which parts of an error's location stand in the file (a union adds its tag)."""
+    out = []
+    for position, key in enumerate(keys):
+        if isinstance(values, dict) and key in values:
+            values = values[key]
+            out.append((key, True))
+        elif isinstance(values, list) and key.isdigit():
+            out.append((key, True))
+        else:
+            out.append((key, position == len(keys) - 1))
+    return out
+
+
+def _known(keys: list[str]) -> list[str]:
+    """Field names of the section at this location."""
+    model: Any = Experiment
+    for key in keys:
+        if isinstance(model, type) and issubclass(model, BaseModel) and key in model.model_fields:
+            model = model.model_fields[key].annotation
+        else:
+            options = [option for option in get_args(model) if isinstance(option, type)]
+            tagged = [
+                option for option in options if option.model_fields["kind"].default == key
+                or key in get_args(option.model_fields["kind"].annotation)
+            ]  # fmt: skip
+            model = tagged[0] if tagged else model
+    return list(model.model_fields) if hasattr(model, "model_fields") else []

@@ -1,0 +1,343 @@
+"""Builds server, clients, transport and ledger from an Experiment, and runs it into a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+import fedllm
+from fedllm import checkpoint, round
+from fedllm import experiment as ex
+from fedllm.checkpoint import Committed
+from fedllm.data.examples import Encoder, Examples, join
+from fedllm.data.simulation import divide
+from fedllm.errors import FedllmError
+from fedllm.exchange import Endpoint, Exchange
+from fedllm.ledger import Ledger
+from fedllm.models.export import save_adapter
+from fedllm.models.loading import LanguageModel, load, load_config, load_tokenizer
+from fedllm.round import Federation
+from fedllm.strategies import ServerState, Setup, Site, build
+from fedllm.training.meter import Measured, Meter
+from fedllm.transport.local import Local
+from fedllm.worker import Worker
+
+UNKNOWN_LIMIT = 0.005
+
+
+class Listener(Protocol):
+    """Who wants to hear how a run goes on: a progress bar, a log."""
+
+    def begin(self, name: str, rounds: int, done: int) -> None:
+        """A run starts, or goes on after ``done`` rounds."""
+        ...
+
+    def step(self, step: str, client: str, rows: int) -> None:
+        """A step of the paper at a client; ``rows`` examples more are done."""
+        ...
+
+    def round(self, entry: Mapping[str, Any]) -> None:
+        """A round is committed."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+        ...
+
+
+class Silent:
+    """A listener that does not."""
+
+    def begin(self, name: str, rounds: int, done: int) -> None:
+        """Nothing."""
+
+    def step(self, step: str, client: str, rows: int) -> None:
+        """Nothing."""
+
+    def round(self, entry: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's tokenized rows."""
+
+    train: Examples
+    test: Examples
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data of one seed, tokenized once and used by every part of a comparison."""
+
+    clients: dict[str, ClientData]
+    public: Examples | None
+    public_labelled: Examples | None
+    labels: tuple[str, ...]
+    tokenizer: Any
+    longest: int
+    notes: tuple[str, ...]
+    measured: Measured = field(default_factory=Measured)
+
+
+def prepare(experiment: ex.Experiment, seed: int) -> Prepared:
+    """Read, divide and tokenize the data of a simulated federation.
+
+    Raises FedllmError as ``data.simulation.divide`` and ``data.examples.Encoder`` do.
+    """
+    config = load_config(experiment.model)
+    tokenizer = load_tokenizer(experiment.model)
+    limit = int(getattr(config, "max_position_embeddings", 512))
+    limit -= getattr(experiment.tunables, "tokens", 0)
+    draft = Encoder(tokenizer, experiment.task, experiment.data, (), limit)
+    division = divide(experiment, draft.columns, seed)
+    encode = Encoder(tokenizer, experiment.task, experiment.data, division.labels, limit)
+    on = experiment.evaluation.on
+    clients = {
+        name: ClientData(
+            encode(rows.train, f"client {name!r}"), encode(getattr(rows, on), f"client {name!r}")
+        )
+        for name, rows in division.clients.items()
+    }
+    public = public_labelled = None
+    if division.public:
+        rows = division.public
+        if experiment.task.kind == "classification" and not experiment.public.labelled:
+            rows = [{**row, experiment.data.label: division.labels[0]} for row in rows]
+            hidden = encode(rows, "public set")
+            public = replace(hidden, labels=np.full(len(hidden), -1, np.int64))
+        else:
+            public_labelled = encode(rows, "public set")
+            public = public_labelled
+            if experiment.task.kind == "generation":
+                # Its text is an input to everybody; only a labelled set is also a target
+                public = public_labelled.without_labels()
+    notes = []
+    if division.dropped:
+        notes.append(f"{division.dropped} training rows belong to no client and stay unused")
+    every = [data.test for data in clients.values()]
+    unknown = sum(e.unknown for e in every) / max(sum(e.tokens for e in every), 1)
+    if unknown > UNKNOWN_LIMIT:
+        notes.append(
+            f"{unknown:.1%} of the tokens are unknown to this tokenizer: losses and bits per byte "
+            "come out too low"
+        )
+    return Prepared(
+        clients, public, public_labelled, division.labels, tokenizer, encode.max_tokens,
+        tuple(notes),
+    )  # fmt: skip
+
+
+def merged(prepared: Prepared, kind: str) -> Prepared:
+    """One client instead of many: everybody's rows (``all``) or the public set (``public``)."""
+    data = list(prepared.clients.values())
+    train = join([part.train for part in data])
+    if kind == "public":
+        if prepared.public_labelled is None:
+            raise FedllmError("the public-only bound needs public.labelled = true")
+        train = prepared.public_labelled
+    test = join([part.test for part in data])
+    return replace(prepared, clients={kind: ClientData(train, test)})
+
+
+def assemble(
+    experiment: ex.Experiment,
+    seed: int,
+    prepared: Prepared,
+    ledger: Ledger,
+    run: str,
+    listener: Listener,
+) -> Federation:
+    """Put a federation together in this process."""
+    if experiment.model.threads:
+        torch.set_num_threads(experiment.model.threads)
+    strategy_spec = experiment.strategy
+    if isinstance(strategy_spec, ex.Centralized):
+        prepared = merged(prepared, "all")
+    elif isinstance(strategy_spec, ex.Standalone) and strategy_spec.public:
+        prepared = merged(prepared, "public")
+    if isinstance(strategy_spec, ex.Standalone) and strategy_spec.steps:
+        if len(strategy_spec.steps) != len(prepared.clients):
+            raise FedllmError(
+                f"strategy.steps: {len(strategy_spec.steps)} numbers for "
+                f"{len(prepared.clients)} clients"
+            )
+
+    def base_model(name: str | None = None) -> LanguageModel:
+        return load(
+            experiment.model, experiment.task, experiment.tunables, len(prepared.labels), seed, name
+        )
+
+    model = base_model()
+    setup = Setup(
+        seed, experiment.rounds, experiment.training, experiment.evaluation, experiment.public,
+        prepared.longest,
+    )  # fmt: skip
+    strategy = build(strategy_spec, setup, model, prepared.public)
+    others = _client_models(strategy_spec, base_model, model)
+    exchange_spec = experiment.exchange
+    sites = {}
+    for number, (name, data) in enumerate(prepared.clients.items()):
+        mine = others[number % len(others)] if others else model
+
+        def tick(rows: int, client: str = name) -> None:
+            listener.step("", client, rows)
+
+        sites[name] = Site(
+            name, mine, data.train, data.test, setup, Meter(prepared.measured, tick), prepared.public,
+            model if mine is not model else None,
+        )  # fmt: skip
+    worker = Worker(sites, strategy, run, model.base_hash, prepared.tokenizer)
+    endpoint = Endpoint(worker.handle, exchange_spec.codecs)  # type: ignore[arg-type]
+    transport = Local(list(sites), endpoint, experiment.simulation.cohort)
+    exchange = Exchange(
+        transport, ledger, run, model.base_hash, exchange_spec.codecs,  # type: ignore[arg-type]
+        exchange_spec.minimum_replies, listener.step, prepared.measured,
+    )  # fmt: skip
+    return Federation(experiment, seed, strategy, exchange, worker, ledger, prepared.labels)
+
+
+def check(experiment: ex.Experiment, seed: int, prepared: Prepared) -> Federation:
+    """Build everything in memory and run nothing: raises what a run would raise at its start."""
+    return assemble(experiment, seed, prepared, Ledger(), "check", Silent())
+
+
+def untrained(experiment: ex.Experiment, seed: int, prepared: Prepared) -> dict[str, Any]:
+    """Metrics of the base as it is, over everybody's held-out rows."""
+    built = check(experiment.replace(strategy=ex.Centralized()), seed, prepared)
+    built.exchange.open(0)
+    return dict(round.evaluate(built, ServerState())["mean"])
+
+
+def _client_models(
+    spec: ex.Strategy, base_model: Callable[[str], LanguageModel], server: LanguageModel
+) -> list[LanguageModel]:
+    """Clients' own architectures, where the strategy allows them."""
+    if not isinstance(spec, ex.Logits) or not spec.client_models:
+        return []
+    loaded = {name: base_model(name) for name in dict.fromkeys(spec.client_models)}
+    for name, model in loaded.items():
+        if model.outputs != server.outputs:
+            raise FedllmError(
+                f"strategy.client_models: {name!r} gives {model.outputs} logits, the server's "
+                f"model {server.outputs}; their tokenizers must be the same for generation"
+            )
+    return [loaded[name] for name in spec.client_models]
+
+
+def create(folder: Path, force: bool = False) -> None:
+    """Make a run folder. Raises FedllmError when it cannot be written or is already used."""
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise FedllmError(
+            f"{folder}: not empty; --resume goes on with what is there, --out takes another folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise FedllmError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def run(
+    experiment: ex.Experiment,
+    seed: int,
+    folder: Path,
+    *,
+    resume: bool = False,
+    prepared: Prepared | None = None,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Run one experiment with one seed into ``folder``; returns its summary.
+
+    ``resume`` goes on after the last committed round, and returns at once where the run is
+    complete. Raises FedllmError for bad input, before anything is written, where possible.
+    """
+    from fedllm.report.summary import summarize
+
+    listener = listener or Silent()
+    prepared = prepared or prepare(experiment, seed)
+    data = experiment.data.model_copy(update={"labels": prepared.labels})
+    resolved = ex.dump(experiment.replace(seeds=(seed,), data=data))
+    stored = folder / "experiment.toml"
+    if resume and stored.exists():
+        if stored.read_text() != resolved:
+            raise FedllmError(
+                f"{stored}: this folder holds another experiment; resume with the same file and "
+                "settings, or take another --out"
+            )
+        done = folder / "summary.json"
+        if done.exists():
+            return dict(json.loads(done.read_text()))
+    begin = checkpoint.load(folder / "checkpoints") if resume else None
+    ledger = Ledger()
+    run_id = f"{experiment.name}-{experiment.strategy.kind}-{seed}"
+    federation = assemble(experiment, seed, prepared, ledger, run_id, listener)
+    fresh = not folder.exists()
+    create(folder, force=resume)
+    try:
+        stored.write_text(resolved)
+        upto = begin.round if begin else 0
+        federation.ledger.attach(folder / "ledger.jsonl", upto)
+        with (folder / "log.txt").open("a") as log:
+            log.write(_log(f"start after round {upto}"))
+            for note in prepared.notes:
+                listener.note(note)
+                log.write(_log(note))
+            if begin is None:
+                begin = Committed(0, federation.strategy.start())
+            else:
+                federation.worker.restore(begin.clients)
+            listener.begin(run_id, experiment.rounds, begin.round)
+
+            def commit(committed: Committed) -> None:
+                checkpoint.save(folder / "checkpoints", committed)
+                entry = committed.history[-1]
+                listener.round(entry)
+                log.write(_log(json.dumps({k: v for k, v in entry.items() if k != "clients"})))
+                log.flush()
+
+            end = round.run(federation, begin, commit)
+            log.write(_log("done"))
+    except FedllmError:
+        if fresh and not (folder / "checkpoints").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # nothing half-written stays behind
+        raise
+    candidate = federation.strategy.candidate(end.server)
+    any_site = next(iter(federation.worker.sites.values()))
+    model = any_site.server_model or any_site.model
+    if candidate is not None:
+        save_adapter(model, candidate, folder / "adapter", prepared.labels, experiment)
+    else:
+        for name, site in federation.worker.sites.items():
+            own = federation.strategy.own(site)
+            save_adapter(site.model, own, folder / "adapter" / name, prepared.labels, experiment)
+    summary = summarize(experiment, seed, federation.ledger.rows, end.history, prepared)
+    summary["fedllm"] = fedllm.__version__
+    summary["base_hash"] = model.base_hash
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(aside, path)
+
+
+def _log(text: str) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n"

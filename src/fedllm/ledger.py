@@ -1,0 +1,129 @@
+"""Append-only rows of what was measured.
+
+One row sums everything of one (round, step, client, direction, role, codec): split learning
+sends thousands of frames a round, and ``frames`` says how many a row stands for. Rows of a frame:
+one per role with ``wire_bytes == payload_bytes``, and one with role ``header`` for the rest, so
+that the sum of ``wire_bytes`` is what crossed the transport.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from fedllm.errors import FedllmError
+
+
+@dataclass(frozen=True)
+class Row:
+    """direction is ``down`` (server to client), ``up``, or ``compute``.
+
+    Units: bytes, floating-point operations, seconds; peak_memory in bytes of live tensors.
+    """
+
+    run: str
+    round: int
+    step: str
+    client: str
+    direction: str
+    role: str = ""
+    codec: str = ""
+    payload_bytes: int = 0
+    wire_bytes: int = 0
+    flops: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    examples: int = 0
+    tokens: int = 0
+    optimizer_steps: int = 0
+    frames: int = 0
+    failures: int = 0
+    reason: str = ""
+    cohort: int = 1
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Rows with equal keys are summed."""
+        return (self.run, self.round, self.step, self.client, self.direction, self.role,
+                self.codec, self.reason, self.cohort)  # fmt: skip
+
+
+_SUMMED = ("payload_bytes", "wire_bytes", "flops", "seconds", "examples", "tokens",
+           "optimizer_steps", "frames", "failures")  # fmt: skip
+_NAMES = {field.name for field in fields(Row)}
+
+
+def merge(a: Row, b: Row) -> Row:
+    """Two rows of one key: sums, and the larger peak."""
+    sums = {name: getattr(a, name) + getattr(b, name) for name in _SUMMED}
+    return replace(a, peak_memory=max(a.peak_memory, b.peak_memory), **sums)
+
+
+class Ledger:
+    """Rows of one run. ``add`` fills the open round; ``commit`` writes it to disk for good."""
+
+    def __init__(self) -> None:
+        """Start in memory; ``attach`` gives it a file."""
+        self.path: Path | None = None
+        self.rows: list[Row] = []
+        self._open: dict[tuple[object, ...], Row] = {}
+
+    def attach(self, path: Path, upto: int) -> None:
+        """Go on with the file; rows of rounds after ``upto``, not committed then, are dropped."""
+        self.path = path
+        if path.exists():
+            self.rows = [row for row in read(path) if row.round <= upto]
+            rewritten = path.with_suffix(".tmp")
+            rewritten.write_text("".join(_line(row) for row in self.rows))
+            os.replace(rewritten, path)
+
+    def add(self, row: Row) -> None:
+        """Add a row to the open round."""
+        before = self._open.get(row.key)
+        self._open[row.key] = row if before is None else merge(before, row)
+
+    def rollback(self) -> None:
+        """Forget the open round."""
+        self._open.clear()
+
+    def commit(self) -> None:
+        """Append the open round's rows, in the order in which their keys first came."""
+        rows = list(self._open.values())
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.writelines(_line(row) for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+        self.rows.extend(rows)
+        self._open.clear()
+
+
+def _line(row: Row) -> str:
+    return json.dumps(asdict(row), separators=(",", ":")) + "\n"
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a ``ledger.jsonl``. A torn last line (killed while writing) is left out."""
+    rows = []
+    lines = path.read_text().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+            rows.append(Row(**{name: values[name] for name in _NAMES if name in values}))
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise FedllmError(f"{path}: line {number} is not a ledger row") from None
+    return rows
+
+
+def total(rows: Iterable[Row], field: str, **where: object) -> float:
+    """Sum of a field over the rows whose columns equal ``where``."""
+    return sum(
+        getattr(row, field)
+        for row in rows
+        if all(getattr(row, name) == value for name, value in where.items())
+    )

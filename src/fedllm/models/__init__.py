@@ -1,0 +1,1 @@
+"""Loading a model, giving it tunables, cutting it in two."""

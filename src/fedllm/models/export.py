@@ -1,0 +1,114 @@
+"""Tunables on disk: PEFT's own format for LoRA, prompt and prefix; safetensors + JSON for others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from fedllm import experiment as ex
+from fedllm.errors import FedllmError
+from fedllm.models.loading import LanguageModel, load_tokenizer, source_of
+from fedllm.models.tunables import lora_config, virtual_config
+
+WEIGHTS = "adapter_model.safetensors"
+_VIRTUAL = "prompt_embeddings"
+
+
+def _outside(name: str) -> str:
+    """Our name -> PEFT's."""
+    if name.endswith(".embedding.weight") and name.partition(".")[0] in ("prompt", "prefix"):
+        return _VIRTUAL
+    return "base_model." + name.replace(".lora_A.default.", ".lora_A.").replace(
+        ".lora_B.default.", ".lora_B."
+    )
+
+
+def save_adapter(
+    model: LanguageModel, tunables: Mapping[str, Tensor], folder: Path, labels: Sequence[str],
+    experiment: ex.Experiment,
+) -> None:  # fmt: skip
+    """Write the tunables so that others can use them.
+
+    LoRA, prompt and prefix load with ``PeftModel.from_pretrained(base, folder)``; adapters,
+    BitFit and full are tensors by name beside ``tunables.json``. ``labels.json`` lists classes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {_outside(name): t.detach().cpu().contiguous() for name, t in tunables.items()}
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    spec = model.spec
+    if isinstance(spec, ex.Lora | ex.Prompt | ex.Prefix):
+        config = (
+            lora_config(spec, model.model, model.classification)
+            if isinstance(spec, ex.Lora)
+            else virtual_config(spec, model.model, model.classification)
+        )
+        config.base_model_name_or_path = source_of(model.name)
+        config.inference_mode = True
+        if model.classification:
+            heads = {name.removeprefix("model.").partition(".")[0] for name in model.head}
+            config.modules_to_save = sorted(heads)
+        config.save_pretrained(str(folder))
+    about = {
+        "tunables": spec.model_dump(mode="json"), "model": model.name,
+        "base_hash": model.base_hash, "names": sorted(tunables),
+    }  # fmt: skip
+    (folder / "tunables.json").write_text(json.dumps(about, indent=1) + "\n")
+    if labels:
+        (folder / "labels.json").write_text(json.dumps(list(labels), indent=1) + "\n")
+
+
+def load_adapter(model: LanguageModel, folder: Path) -> dict[str, Tensor]:
+    """Read what ``save_adapter`` wrote. Raises FedllmError when it does not fit the model."""
+    path = folder / WEIGHTS
+    try:
+        stored = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise FedllmError(f"{path}: cannot be read ({error})") from None
+    found = {}
+    for name, tensor in model.initial.items():
+        value = stored.get(_outside(name))
+        if value is None or value.shape != tensor.shape:
+            raise FedllmError(f"{path}: does not fit the model {model.name!r} (tensor {name!r})")
+        found[name] = value.to(tensor.device)
+    return found
+
+
+def merge(
+    model: LanguageModel, tunables: Mapping[str, Tensor], adapter: Path, target: Path,
+    experiment: ex.Experiment, labels: Sequence[str],
+) -> None:  # fmt: skip
+    """Write a whole model that ``from_pretrained`` loads without PEFT or fedllm.
+
+    Raises FedllmError for tunables that are no change of the base's own weights.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    spec = model.spec
+    if isinstance(spec, ex.Adapter | ex.Prompt | ex.Prefix):
+        raise FedllmError(
+            f"tunables.kind = {spec.kind!r} adds layers or tokens and cannot be merged into the "
+            f"weights; use {adapter} as it is"
+        )
+    kind: Any = AutoModelForSequenceClassification if model.classification else AutoModelForCausalLM
+    options: dict[str, Any] = {"num_labels": len(labels)} if model.classification else {}
+    whole = kind.from_pretrained(
+        source_of(model.name), revision=experiment.model.revision, use_safetensors=True, **options
+    )
+    if isinstance(spec, ex.Lora):
+        whole = PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()
+    else:
+        own = dict(whole.named_parameters())
+        for name, tensor in tunables.items():
+            own[name.removeprefix("model.")].data.copy_(tensor)
+    if labels:
+        whole.config.id2label = dict(enumerate(labels))
+        whole.config.label2id = {label: index for index, label in enumerate(labels)}
+    whole.save_pretrained(str(target))
+    load_tokenizer(experiment.model).save_pretrained(str(target))

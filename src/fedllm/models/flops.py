@@ -1,0 +1,97 @@
+"""Floating-point operations, counted by torch on meta tensors: no weights, no arithmetic.
+
+Attention is made eager while counting, because torch counts none for fused attention on a CPU.
+Matrix products are linear in the batch and (for token logits) in the number of predicted
+positions, so each length is counted once for one row and cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedllm.models.core import Core
+
+
+
+@contextmanager
+def _eager(core: Core) -> Iterator[None]:
+    config = core.model.config
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def count(
+    core: Core, trained: frozenset[str], length: int, rows: int, selected: int, backward: bool,
+    input_grad: bool,
+) -> int:  # fmt: skip
+    """FLOPs of one pass over ``rows`` rows of ``length`` tokens, counted on the meta device.
+
+    selected: number of token logits (0: class logits). input_grad: the input is activations
+    whose gradient is wanted too.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in [*core.named_parameters(), *core.named_buffers()]:
+        meta = torch.empty_like(tensor, device="meta")
+        tensors[name] = meta.requires_grad_(backward and name in trained)
+    if core.part in ("whole", "client"):
+        x = torch.zeros((rows, length), dtype=torch.long, device="meta")
+    else:
+        width = core.model.config.hidden_size
+        size = (rows, length + core.prompt_tokens, width)
+        x = torch.empty(size, device="meta", requires_grad=input_grad)
+    select = None
+    if core.decoder_head and core.part not in ("client", "body"):
+        select = torch.zeros(selected, dtype=torch.long, device="meta")
+    # transformers looks into a decoder's positions when it has no mask, and into an encoder's
+    # mask when it has one; meta tensors hold nothing to look into
+    decoder = core.family.decoder if core.family else core.decoder_head
+    lengths = torch.full((rows,), length, device="meta") if decoder else None
+    counter = FlopCounterMode(display=False)
+    with _eager(core), counter, torch.set_grad_enabled(backward):
+        out = functional_call(core, tensors, (x, lengths, select))
+        if backward and out.requires_grad:
+            out.sum().backward()
+    return int(counter.get_total_flops())
+
+
+class FlopCounter:
+    """Counts of one core, cached by its key and the length."""
+
+    def __init__(
+        self, core: Core, trained: frozenset[str],
+        cache: dict[tuple[object, ...], int] | None = None,
+    ) -> None:  # fmt: skip
+        """``trained``: names of the tunables, which get gradients."""
+        self.core, self.trained = core, trained
+        self._cache = {} if cache is None else cache
+
+    def _one(self, length: int, selected: int, backward: bool, input_grad: bool) -> int:
+        key = (self.core.key, length, selected, backward, input_grad)
+        if key not in self._cache:
+            self._cache[key] = count(
+                self.core, self.trained, length, 1, selected, backward, input_grad
+            )
+        return self._cache[key]
+
+    def __call__(
+        self, rows: int, length: int, selected: int, backward: bool, input_grad: bool = False
+    ) -> int:
+        """FLOPs of a pass over ``rows`` x ``length`` tokens with ``selected`` token logits in all.
+
+        ``backward``: forward and backward together.
+        """
+        if not selected:
+            return rows * self._one(length, 0, backward, input_grad)
+        one = self._one(length, 1, backward, input_grad)
+        per_token = self._one(length, 2, backward, input_grad) - one
+        return rows * (one - per_token) + selected * per_token

@@ -1,0 +1,214 @@
+"""A base model and its tokenizer, from the hub, a folder, or built in."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedllm import experiment as ex
+from fedllm.errors import FedllmError
+from fedllm.models.core import Core, Part
+from fedllm.models.families import FAMILIES, Family
+from fedllm.models.tunables import head_names, install
+from fedllm.streams import torch_stream
+
+BUILTIN = Path(__file__).parent / "builtin"
+
+
+def source_of(name: str) -> str:
+    """What ``from_pretrained`` is given for this name."""
+    return str(BUILTIN) if name == "builtin" else name
+
+
+def hub_error(what: str, key: str, name: str, error: Exception) -> FedllmError:
+    """Say what to do when something is neither here nor to be had from the hub."""
+    first = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+    if Path(name).is_absolute():
+        return FedllmError(f"{key} = {name!r}: this folder holds no usable {what} ({first})")
+    return FedllmError(
+        f"{key} = {name!r}: no such folder here, and the hub did not give this {what} "
+        f"({type(error).__name__}: {first}). Without a network: download it elsewhere "
+        f"(`hf download {name}`) and write the folder's path; a private one needs HF_TOKEN; "
+        f"'builtin' needs no download"
+    )
+
+
+def load_config(model: ex.Model, name: str | None = None) -> Any:
+    """The model's configuration alone, without weights."""
+    from transformers import AutoConfig
+
+    name = name or model.name
+    try:
+        return AutoConfig.from_pretrained(source_of(name), revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise hub_error("model", "model.name", name, error) from None
+
+
+def load_tokenizer(model: ex.Model, name: str | None = None) -> Any:
+    """The tokenizer named in the experiment, or the model's own."""
+    from transformers import AutoTokenizer
+
+    name = name or model.tokenizer or model.name
+    key = "model.tokenizer" if model.tokenizer else "model.name"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source_of(name), revision=model.revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise hub_error("tokenizer", key, name, error) from None
+    if len(tokenizer) <= 1:
+        raise FedllmError(f"{key} = {name!r}: the tokenizer has no vocabulary")
+    return tokenizer
+
+
+@dataclass(eq=False)
+class LanguageModel:
+    """A frozen base with its tunables; training happens on dictionaries of tunables outside.
+
+    ``initial`` holds the tunables' first values, ``head`` the names of those of the task head.
+    All names are those inside ``Core``, equal in the whole and in its parts.
+    """
+
+    name: str
+    model: Any
+    family: Family | None
+    classification: bool
+    virtual: dict[str, Any]
+    head: frozenset[str]
+    initial: dict[str, Tensor]
+    spec: ex.Tunables
+    _parts: dict[tuple[Part, int], Core] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> int:
+        """Number of transformer blocks."""
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def outputs(self) -> int:
+        """Width of the logits: classes or vocabulary."""
+        config = self.model.config
+        return int(config.num_labels if self.classification else config.vocab_size)
+
+    @property
+    def whole(self) -> Core:
+        """The whole model."""
+        return self.part("whole", 0)
+
+    def part(self, part: Part, cut: int) -> Core:
+        """The whole or one side of a cut; cached, sharing all modules."""
+        if part == "whole":
+            cut = 0
+        if (part, cut) not in self._parts:
+            core = Core(
+                self.model, self.family, not self.classification, part, cut, **self.virtual,
+                name=self.name,
+            )  # fmt: skip
+            core.eval()
+            self._parts[part, cut] = core
+        return self._parts[part, cut]
+
+    def tunables_of(self, core: Core) -> list[str]:
+        """Names of the tunables that lie in this part, sorted."""
+        inside = {name for name, _ in core.named_parameters()}
+        return sorted(inside & set(self.initial))
+
+    def dropout(self, on: bool, base: bool = False) -> None:
+        """Switch the tunables' own dropout; the frozen base stays in eval mode unless asked."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.train(on and (base or ".lora_dropout." in name))
+
+    @cached_property
+    def base_hash(self) -> str:
+        """SHA-256 over names and bytes of everything that is not trained."""
+        return self.hash_base()
+
+    def hash_base(self) -> str:
+        """Compute ``base_hash`` anew from the weights as they are now."""
+        digest = hashlib.sha256(repr(sorted(self.initial)).encode())
+        tensors = dict(self.whole.named_parameters()) | dict(self.whole.named_buffers())
+        for name in sorted(tensors):
+            if name not in self.initial:
+                digest.update(name.encode())
+                data = tensors[name].detach().cpu().contiguous()
+                digest.update(data.view(torch.uint8).numpy().tobytes() if data.ndim else b"")
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def base_bytes(self) -> int:
+        """Bytes of the frozen tensors."""
+        return sum(
+            p.numel() * p.element_size()
+            for n, p in self.whole.named_parameters()
+            if n not in self.initial
+        )
+
+
+def load(
+    spec: ex.Model, task: ex.Task, tunables: ex.Tunables, labels: int, seed: int,
+    name: str | None = None,
+) -> LanguageModel:  # fmt: skip
+    """Load a base and give it tunables; every random start draws from the run seed.
+
+    Raises FedllmError when there is no such model, or the tunables do not fit it.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    transformers.logging.set_verbosity_error()  # its loading report is not for this user
+    transformers.logging.disable_progress_bar()
+    name = name or spec.name
+    classification = task.kind == "classification"
+    config = load_config(spec, name)
+    family = FAMILIES.get(config.model_type)
+    if family is not None and not family.decoder and not classification:
+        raise FedllmError(
+            f"task.kind = 'generation': {name!r} is an encoder ({config.model_type}); "
+            "choose a causal language model such as 'openai-community/gpt2'"
+        )
+    kind = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if classification:
+        config.num_labels = labels
+        config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+    with torch_stream(seed, "initial weights"):
+        try:
+            if spec.weights == "random":
+                model = kind.from_config(config, **options)
+            else:
+                model = kind.from_pretrained(
+                    source_of(name), config=config, revision=spec.revision,
+                    use_safetensors=True, **options,
+                )  # fmt: skip
+        except (OSError, ValueError, RuntimeError) as error:
+            raise hub_error("model", "model.name", name, error) from None
+        model.eval()
+        virtual, names = install(model, tunables, classification)
+    head = head_names(model) if classification else set()
+    if tunables.head != "frozen":
+        names |= head
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    found = LanguageModel(
+        name, model, family, classification, dict(virtual),
+        frozenset(f"model.{n}" for n in head), {}, tunables,
+    )  # fmt: skip
+    device = torch.device(spec.device)
+    model.to(device)
+    initial = {}
+    for key, parameter in found.whole.named_parameters():
+        if key.removeprefix("model.") in names or key.partition(".")[0] in ("prompt", "prefix"):
+            initial[key] = parameter.detach().to(device).clone()
+            parameter.requires_grad_(False)
+    found.initial = dict(sorted(initial.items()))
+    return found

@@ -1,0 +1,178 @@
+"""Which tensors are trained: LoRA, prompt and prefix through PEFT; adapters, BitFit, full by us."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedllm import experiment as ex
+from fedllm.errors import FedllmError, nearest
+from fedllm.models.families import FAMILIES, Family
+
+
+class Adapted(nn.Module):
+    """A projection with a bottleneck adapter behind it: y + W_up gelu(W_down y), y = W x."""
+
+    def __init__(self, base: nn.Module, width: int, features: int) -> None:
+        """W_up starts at zero, so the model starts as it was."""
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(features, width)
+        self.up = nn.Linear(width, features)
+        self.act = nn.GELU()
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., features]."""
+        y: Tensor = self.base(x)
+        added: Tensor = self.up(self.act(self.down(y)))
+        return y + added
+
+
+def install(
+    model: Any, spec: ex.Tunables, classification: bool
+) -> tuple[dict[str, nn.Module], set[str]]:
+    """Put the tunables into ``model``, in place.
+
+    Returns the prompt or prefix module, if any, by its name, and the names of the trained
+    tensors (relative to the model; head excluded). Raises FedllmError where this kind of
+    tunable does not fit the model.
+    """
+    kind = model.config.model_type
+    family = FAMILIES.get(kind)
+    before = {name for name, _ in model.named_parameters()}
+    if isinstance(spec, ex.Lora):
+        _lora(model, spec, family)
+    elif isinstance(spec, ex.Adapter):
+        _adapters(model, spec, _need(family, kind, "adapter"))
+    elif isinstance(spec, ex.Prompt | ex.Prefix):
+        family = _need(family, kind, spec.kind)
+        return _virtual_tokens(model, spec, family, classification), set()
+    head = head_names(model) if classification else set()
+    names = {name for name, _ in model.named_parameters()}
+    if isinstance(spec, ex.Full):
+        return {}, names - head
+    if isinstance(spec, ex.BitFit):
+        biases = {name for name in names if name.endswith("bias")} - head
+        if not biases:
+            raise FedllmError(
+                f"tunables.kind = 'bitfit': a model of type {kind!r} has no biases; use 'lora'"
+            )
+        return {}, biases
+    if isinstance(spec, ex.Adapter):
+        return {}, {n for n in names - before if ".down." in n or ".up." in n}
+    return {}, {name for name in names if ".lora_" in name}
+
+
+def head_names(model: Any) -> set[str]:
+    """Parameters of the classification head."""
+    family = FAMILIES.get(model.config.model_type)
+    heads = (family.head,) if family else ("score", "classifier", "classification_head")
+    return {
+        name for name, _ in model.named_parameters() if name.partition(".")[0] in heads
+    }
+
+
+def _need(family: Family | None, kind: str, what: str) -> Family:
+    if family is None:
+        raise FedllmError(
+            f"tunables.kind = {what!r}: not supported for models of type {kind!r} "
+            f"(supported: {', '.join(FAMILIES)}); 'lora', 'bitfit' and 'full' are"
+        )
+    return family
+
+
+def lora_config(spec: ex.Lora, model: Any, classification: bool) -> Any:
+    """PEFT's own configuration of these tunables (also written at export)."""
+    from peft import LoraConfig
+
+    family = FAMILIES.get(model.config.model_type)
+    targets = list(spec.targets) or (list(family.lora) if family else None)
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=targets,
+        bias="none",
+        init_lora_weights="gaussian" if spec.init == "gaussian" else True,
+        fan_in_fan_out=model.config.model_type == "gpt2",
+        task_type="SEQ_CLS" if classification else "CAUSAL_LM",
+    )
+
+
+def _lora(model: Any, spec: ex.Lora, family: Family | None) -> None:
+    from peft import inject_adapter_in_model
+
+    try:
+        with warnings.catch_warnings():
+            # fan_in_fan_out is right for GPT-2's Conv1D and PEFT corrects it for other layers
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")
+            inject_adapter_in_model(lora_config(spec, model, False), model)
+    except ValueError as error:
+        from transformers.pytorch_utils import Conv1D
+
+        layers = {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
+        wanted = spec.targets[0] if spec.targets else ""
+        raise FedllmError(
+            f"tunables.targets = {list(spec.targets)}: no layer of this model of type "
+            f"{model.config.model_type!r} matches; {nearest(wanted, layers)} "
+            f"(PEFT: {str(error).splitlines()[0][:120]})"
+        ) from None
+
+
+def _adapters(model: Any, spec: ex.Adapter, family: Family) -> None:
+    blocks = model.get_submodule(f"{family.backbone}.{family.blocks}")
+    for block in blocks:
+        for place in dict.fromkeys(spec.after):
+            path = family.projections[place]
+            width = model.config.hidden_size
+            block.set_submodule(path, Adapted(block.get_submodule(path), spec.width, width))
+
+
+def _virtual_tokens(
+    model: Any, spec: ex.Prompt | ex.Prefix, family: Family, classification: bool
+) -> dict[str, nn.Module]:
+    from peft.tuners.prefix_tuning import PrefixEncoder
+    from peft.tuners.prompt_tuning import PromptEmbedding
+
+    config = virtual_config(spec, model, classification)
+    if isinstance(spec, ex.Prompt):
+        return {"prompt": PromptEmbedding(config, model.get_input_embeddings())}
+    if not family.decoder:
+        raise FedllmError(
+            "tunables.kind = 'prefix': encoders such as BERT keep no keys and values to put it "
+            "before; use 'prompt', 'lora', 'adapter' or 'bitfit'"
+        )
+    return {"prefix": PrefixEncoder(config)}
+
+
+def virtual_config(spec: ex.Prompt | ex.Prefix, model: Any, classification: bool) -> Any:
+    """PEFT's own configuration of a prompt or prefix."""
+    from peft import PrefixTuningConfig, PromptTuningConfig, PromptTuningInit
+
+    config = model.config
+    heads = config.num_attention_heads
+    width = config.hidden_size
+    shared: dict[str, Any] = {
+        "num_virtual_tokens": spec.tokens,
+        "num_transformer_submodules": 1,
+        "num_layers": config.num_hidden_layers,
+        "task_type": "SEQ_CLS" if classification else "CAUSAL_LM",
+    }
+    if isinstance(spec, ex.Prompt):
+        return PromptTuningConfig(
+            token_dim=width, num_attention_heads=heads,
+            prompt_tuning_init=PromptTuningInit.RANDOM, **shared,
+        )  # fmt: skip
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return PrefixTuningConfig(
+        token_dim=width // heads * kv_heads, num_attention_heads=kv_heads,
+        prefix_projection=False, encoder_hidden_size=width, **shared,
+    )  # fmt: skip

@@ -1,0 +1,136 @@
+"""``fedllm check``: what would run, and what it would cost."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from fedllm import compare, costs, federation
+from fedllm import experiment as ex
+from fedllm.costs import ClientSize, PublicSize
+from fedllm.data.examples import Examples
+from fedllm.models.loading import LanguageModel
+from fedllm.report.summary import variant
+from fedllm.report.tables import amount, size
+from fedllm.training.batches import Batch
+from fedllm.training.meter import Meter
+
+
+def _size(examples: Examples) -> ClientSize:
+    return ClientSize(len(examples), examples.tokens, int(examples.targets.sum()))
+
+
+def _speed(federation_: federation.Federation) -> tuple[float, int, float]:
+    """(FLOP/s, peak bytes, FLOPs a token) of training, from three real steps of one client."""
+    from fedllm.streams import torch_stream
+    from fedllm.training.learner import Learner, Span, fit
+    from fedllm.training.objectives import cross_entropy
+
+    site = next(iter(federation_.worker.sites.values()))
+    plan = site.plan(site.train, "check")
+    some: list[Batch] = list(plan.between(0, min(4, plan.per_pass)))
+    learner = Learner(site.model.initial, site.setup.training)
+    meter = Meter()
+    rates = []
+    for batch in [*some, *some]:  # every shape once to count, once to time
+        with meter.step("check") as cost, torch_stream("check"):
+            start, before = time.perf_counter(), cost.flops
+            fit(site.model, site.model.whole, learner, [batch], cross_entropy, steps=1,
+                span=Span(0, 1), purpose=("check",), meter=meter, cost=cost)  # fmt: skip
+            rates.append((cost.flops - before) / (time.perf_counter() - start))
+    tokens = sum(batch.tokens for batch in some) * 2
+    return float(np.median(rates[len(some) :])), cost.peak_memory, cost.flops / tokens
+
+
+def look(experiment: ex.Experiment) -> dict[str, Any]:
+    """Prepare everything, run three training steps to learn the speed, and estimate the rest.
+
+    Raises FedllmError for whatever a run would refuse.
+    """
+    seed = experiment.seeds[0]
+    prepared = federation.prepare(experiment, seed)
+    built = federation.check(experiment, seed, prepared)
+    model = next(iter(built.worker.sites.values())).model
+    speed, memory, per_token = _speed(built)
+    sizes = {name: _size(data.train) for name, data in prepared.clients.items()}
+    mean = ClientSize(*(round(float(np.mean([getattr(s, f) for s in sizes.values()])))
+                        for f in ("rows", "tokens", "units")))  # fmt: skip
+    listed = [part for part in compare.parts(experiment) if not part.equal_steps] if (
+        experiment.public.size or experiment.public.source
+        or "logits" not in experiment.compare.strategies
+    ) else [compare.Part(experiment.strategy.kind, experiment.strategy)]  # fmt: skip
+    rows = []
+    public = _public(experiment, prepared.public)
+    for part in listed:
+        one = experiment.replace(strategy=part.strategy)
+        rows.append(_line(one, model, mean, public, len(sizes), per_token, speed))
+    labels = f"{len(prepared.labels)} labels" if prepared.labels else "no labels"
+    train = [s.rows for s in sizes.values()]
+    tests = [len(data.test) for data in prepared.clients.values()]
+    facts = {
+        "model": f"{model.name} ({model.model.config.model_type}, {model.blocks} blocks, width "
+                 f"{model.width})",
+        "tunables": f"{model.spec.kind}: {sum(t.numel() for t in model.initial.values()):,} numbers"
+                    f" ({size(costs.tunable_bytes(model))}), base frozen: {size(model.base_bytes)}",
+        "task": f"{experiment.task.kind}, {labels}, at most {prepared.longest} tokens",
+        "clients": f"{len(sizes)} with {min(train)} to {max(train)} training rows, "
+                   f"{mean.tokens / max(mean.rows, 1):.1f} tokens a row, {sum(tests)} "
+                   f"{experiment.evaluation.on} rows in all",
+        "public": f"{public.rows} rows a round of {len(prepared.public)}" if prepared.public
+                  else "none",
+        "rounds": f"{experiment.rounds} rounds, seeds {', '.join(map(str, experiment.seeds))}",
+        "disk": "about " + size(sum(
+            costs.disk(model, part.strategy, len(sizes)) for part in listed
+        ) * len(experiment.seeds)),
+        "memory": f"a training step holds {size(memory)} of tensors",
+        "this machine": f"{speed / 1e9:.1f} GFLOP/s in a training step",
+    }  # fmt: skip
+    return {
+        "title": f"{experiment.name}: nothing wrong found",
+        "facts": facts,
+        "header": ["run", "up", "down", "FLOPs", "seconds (all clients and server, whole run)"],
+        "rows": rows,
+        "caption": "payload by formula; FLOPs and time from three measured steps; evaluation apart",
+        "notes": list(prepared.notes),
+    }
+
+
+def _public(experiment: ex.Experiment, public: Examples | None) -> PublicSize:
+    if public is None:
+        return PublicSize(0, 0, 0)
+    rows = min(experiment.public.rows_per_round or len(public), len(public))
+    share = rows / max(len(public), 1)
+    return PublicSize(rows, round(public.tokens * share), round(int(public.targets.sum()) * share))
+
+
+def _line(
+    experiment: ex.Experiment, model: LanguageModel, client: ClientSize, public: PublicSize,
+    clients: int, per_token: float, speed: float,
+) -> list[str]:  # fmt: skip
+    spec, epochs = experiment.strategy, experiment.training.epochs
+    train = client.tokens * epochs * per_token
+    up = down = 0
+    server = 0.0
+    if isinstance(spec, ex.Parameters):
+        up, down = costs.parameters_payload(model)
+    elif isinstance(spec, ex.Logits):
+        up, down = costs.logits_payload(model, public)
+        # distillation costs as much a token as training, a forward pass about 40 % of it
+        extra = public.tokens * per_token * spec.epochs
+        server = extra + 0.4 * public.tokens * per_token if spec.server_model else 0.0
+        train += extra + 0.4 * public.tokens * per_token
+    elif isinstance(spec, ex.Activations):
+        from fedllm.strategies.activations import check_cut
+
+        cut = check_cut(spec, model)
+        names = set(model.tunables_of(model.part("client", cut)))
+        if spec.labels == "client":
+            names |= set(model.tunables_of(model.part("tail", cut)))
+        half = costs.tunable_bytes(model, sorted(names))
+        up, down = costs.activations_payload(model, spec, client, epochs, half)
+        server = train * (1 - cut / model.blocks) * clients
+        train *= cut / model.blocks
+    seconds = (train * clients + server) * experiment.rounds / speed
+    return [variant(experiment), size(up), size(down), amount("flops", train), f"{seconds:.0f}"]

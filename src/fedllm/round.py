@@ -1,0 +1,99 @@
+"""The loop of an experiment. Start reading here: a round from top to bottom.
+
+select the cohort -> the strategy asks, combines and steps -> evaluate -> commit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedllm import experiment as ex
+from fedllm.checkpoint import Committed
+from fedllm.exchange import Exchange
+from fedllm.ledger import Ledger
+from fedllm.message import Message, Role, of_role
+from fedllm.strategies.base import Group, ServerState, Strategy
+from fedllm.streams import stream
+from fedllm.training.evaluate import Metrics, add, metrics
+from fedllm.worker import Worker
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All that a run needs, built by ``federation.build``."""
+
+    experiment: ex.Experiment
+    seed: int
+    strategy: Strategy
+    exchange: Exchange
+    worker: Worker
+    ledger: Ledger
+    labels: Sequence[str]
+
+
+def run(
+    federation: Federation, begin: Committed, commit: Callable[[Committed], None]
+) -> Committed:
+    """Rounds after ``begin`` to the last; ``commit`` is called at the end of each."""
+    experiment, strategy, ask = federation.experiment, federation.strategy, federation.exchange
+    committed = begin
+    for number in range(begin.round + 1, experiment.rounds + 1):
+        cohort = select(federation, number)
+        ask.open(number)
+        rng = stream(federation.seed, "server", number)
+        state = strategy.serve(committed.server, cohort, ask, rng)
+        ask.close()
+        entry: dict[str, Any] = {
+            "round": number, "cohort": cohort,
+            **{k: v for k, v in state.facts.items() if k.endswith("loss")},
+        }  # fmt: skip
+        every = experiment.evaluation.every
+        if number == experiment.rounds or (every and number % every == 0):
+            entry |= evaluate(federation, state)
+        federation.ledger.commit()
+        history = [*committed.history, entry]
+        committed = Committed(number, state, federation.worker.snapshot(), history)
+        commit(committed)
+    return committed
+
+
+def select(federation: Federation, number: int) -> list[str]:
+    """The clients of this round, drawn from the round's own stream."""
+    clients = sorted(federation.exchange.transport.clients())
+    wanted = federation.experiment.exchange.clients_per_round
+    if wanted is None or wanted >= len(clients):
+        return clients
+    rng = stream(federation.seed, "cohort", number)
+    return sorted(clients[i] for i in rng.permutation(len(clients))[:wanted])
+
+
+def evaluate(federation: Federation, state: ServerState) -> dict[str, Any]:
+    """Ask all clients for their sums over held-out rows, of the candidate and of their own models.
+
+    Returns ``global`` (the candidate, or None), ``mean`` (the clients' own models over all their
+    rows) and ``clients`` (each one's model, or the candidate, on its own rows).
+    """
+    strategy = federation.strategy
+    candidate = strategy.candidate(state)
+    found: dict[str, Any] = {"global": None, "mean": None}
+    if candidate is not None:
+        found["global"], found["clients"] = _ask(federation, candidate, "candidate")
+    if strategy.evaluates_clients:
+        found["mean"], found["clients"] = _ask(federation, {}, "own")
+    return found
+
+
+def _ask(
+    federation: Federation, tunables: Group, model: str
+) -> tuple[Metrics, dict[str, Metrics]]:
+    message = Message(
+        "eval", "evaluate", tunables, of_role(Role.PARAMETER, tunables), {"model": model}
+    )
+    clients = federation.exchange.transport.clients()
+    replies = federation.exchange.gather(dict.fromkeys(sorted(clients), message))
+    sums = {client: reply.tensors for client, reply in replies.items()}
+    labels = federation.labels
+    each = {client: metrics(part, labels) for client, part in sums.items()}
+    return metrics(add(list(sums.values())), labels), each

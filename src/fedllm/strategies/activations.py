@@ -1,0 +1,482 @@
+"""Clients exchange activations (Split-FedLLMs): Yan et al., section II-C, c1 to c5, cc1 to cc4.
+
+The client runs the embeddings and the first blocks, the server the rest. ``server`` says how
+the one trains with many: ``sequential`` (SplitFed V2, SplitLoRA: one server half, client after
+client), ``per-client`` (SplitFed V1: one each, averaged every round) or ``concatenated`` (one
+step on all clients' batches). With ``labels = "client"`` the head, and so the loss, is at the
+client: c3 then sends hidden states back instead of using labels.
+
+Activations travel packed: real tokens only, [tokens, width], with the lengths of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedllm import experiment as ex
+from fedllm.aggregation import RULES
+from fedllm.errors import FedllmError
+from fedllm.exchange import Exchange
+from fedllm.message import Message, Role, of_role
+from fedllm.models.core import Core
+from fedllm.models.loading import LanguageModel
+from fedllm.strategies.base import Group, ServerState, Setup, Site
+from fedllm.streams import torch_stream
+from fedllm.training.batches import Batch
+from fedllm.training.learner import Learner, Span
+from fedllm.training.meter import Cost, Meter, held_bytes
+from fedllm.training.objectives import cross_entropy
+
+H, LENGTHS, LABELS, GRAD = "hidden", "lengths", "labels", "gradient"
+IGNORED = -1
+
+
+def unpack_rows(packed: Tensor, lengths: Tensor) -> Tensor:
+    """[tokens, width] and the rows' lengths -> right-padded [rows, longest, width]."""
+    rows = torch.nn.utils.rnn.pad_sequence(list(packed.split(lengths.tolist())), batch_first=True)
+    return rows.contiguous()
+
+
+def pack_rows(padded: Tensor, lengths: Tensor) -> Tensor:
+    """The inverse: real tokens only."""
+    real = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+    return padded[real]
+
+
+@dataclass
+class Half:
+    """One side's part of the model in training."""
+
+    model: LanguageModel
+    core: Core
+    learner: Learner
+    meter: Meter
+
+    def forward(self, batch: Batch, purpose: tuple[object, ...], cost: Cost, kind: str) -> Tensor:
+        """Run the part with its dropout on, keeping the graph; counts FLOPs and memory."""
+        self.model.dropout(True, self.learner.training.base_dropout)
+        held = held_bytes(self.core) + self.learner.reserved
+        try:
+            with torch_stream(*purpose), self.meter.memory(cost, self.core, batch, kind, held):
+                out = self.core.apply_to(
+                    self.learner.params, batch.x, batch.lengths, batch.select
+                )
+        finally:
+            self.model.dropout(False)
+        cost.flops += self.meter.flops(self.model, self.core, batch, backward=False)
+        cost.examples += batch.rows
+        cost.tokens += batch.tokens
+        return out
+
+    def backward(
+        self, out: Tensor, gradient: Tensor | None, batch: Batch, cost: Cost, kind: str,
+        input_grad: bool,
+    ) -> None:  # fmt: skip
+        """Back-propagate into the tunables (and the input, where it wants a gradient)."""
+        held = held_bytes(self.core) + self.learner.reserved
+        held += self.meter.left(self.core, batch, kind)
+        if out.requires_grad:
+            with self.meter.memory(cost, self.core, batch, f"{kind} backward", held):
+                out.backward(gradient)  # type: ignore[no-untyped-call]
+        both = self.meter.flops(self.model, self.core, batch, True, input_grad)
+        cost.flops += both - self.meter.flops(self.model, self.core, batch, False)
+
+
+class Activations:
+    """Split learning with averaged client halves."""
+
+    evaluates_clients = False
+
+    def __init__(self, options: ex.Activations, setup: Setup, model: LanguageModel) -> None:
+        """Cut the model. Raises FedllmError where it cannot be cut as asked."""
+        self.options, self.setup, self.model = options, setup, model
+        self.cut = check_cut(options, model)
+        self.rule = RULES["mean"]
+        self.home = options.labels == "client"
+        self.client = model.part("client", self.cut)
+        self.server = model.part("body" if self.home else "server", self.cut)
+        self.tail = model.part("tail", self.cut) if self.home else None
+        self.server_names = set(model.tunables_of(self.server))
+        self.client_names = set(model.initial) - self.server_names
+        self.personal = model.head if model.spec.head == "personal" else frozenset[str]()
+        self.tasks = {
+            "forward": self.forward, "head": self.head, "backward": self.backward,
+            "collect": self.collect, "replace": self.replace,
+        }  # fmt: skip
+
+    def start(self) -> ServerState:
+        """First values of both halves."""
+        return ServerState(
+            {n: t for n, t in self.model.initial.items() if n not in self.personal}
+        )
+
+    # server -----------------------------------------------------------------------------------
+
+    def serve(
+        self, state: ServerState, cohort: Sequence[str], ask: Exchange, rng: np.random.Generator
+    ) -> ServerState:
+        """One round: the batches of the local epochs, then the average of the client halves."""
+        state = self._bring(state, [c for c in cohort if self._stale(state, c)], ask)
+        halves = self._halves(state, cohort, ask)
+        turns = self._turns(cohort, rng)
+        seen: dict[str, float] = dict.fromkeys(cohort, 0.0)
+        losses: list[float] = []
+        remaining = dict.fromkeys(cohort, 1 << 62)
+        done = 0
+        for group in turns(remaining):
+            replies = ask.gather(dict.fromkeys(group, Message("c1", "forward")))  # c1, c2
+            for client, reply in replies.items():
+                remaining[client] = int(reply.facts["left"])
+                seen[client] += float(reply.facts["units"])
+            gradients, loss = self._step(halves, replies, ask)  # c3
+            losses.append(loss)
+            ask.gather(
+                {
+                    client: Message("c4", "backward", {GRAD: g}, {GRAD: Role.GRADIENT})
+                    for client, g in gradients.items()
+                }
+            )  # c4, c5
+            done += 1
+            every = self.options.average_every * (
+                len(cohort) if self.options.server == "sequential" else 1
+            )
+            if every and done % every == 0 and any(remaining.values()):
+                state = self._average(state, cohort, seen, ask)
+        state = self._average(state, cohort, seen, ask)
+        state = self._merge(state, halves, seen, ask)
+        return replace(state, facts={**state.facts, "loss": float(np.mean(losses))})
+
+    def _halves(self, state: ServerState, cohort: Sequence[str], ask: Exchange) -> dict[str, Half]:
+        """The server half that serves each client, with its persistent optimizer."""
+
+        def half(optimizer: Group) -> Half:
+            values = {name: state.shared[name] for name in sorted(self.server_names)}
+            learner = Learner(values, self.setup.training, optimizer)
+            return Half(self.model, self.server, learner, ask.meter)
+
+        if self.options.server == "per-client":
+            return {client: half(state.clients.get(client, {})) for client in cohort}
+        return dict.fromkeys(cohort, half(state.optimizer))
+
+    def _turns(
+        self, cohort: Sequence[str], rng: np.random.Generator
+    ) -> Callable[[Mapping[str, int]], Iterable[list[str]]]:
+        """Who is asked together, until nobody has a batch left."""
+        order = [cohort[i] for i in rng.permutation(len(cohort))]
+
+        def turns(remaining: Mapping[str, int]) -> Iterable[list[str]]:
+            if self.options.server != "sequential":
+                while any(remaining.values()):
+                    yield [client for client in cohort if remaining[client]]
+            elif self.options.turn == "epoch":
+                for client in order:
+                    while remaining[client]:
+                        yield [client]
+            else:
+                while any(remaining.values()):
+                    for client in order:
+                        if remaining[client]:
+                            yield [client]
+
+        return turns
+
+    def _step(
+        self, halves: Mapping[str, Half], replies: Mapping[str, Message], ask: Exchange
+    ) -> tuple[dict[str, Tensor], float]:
+        """c3: forward, loss, backward and step; returns each client's gradient (c4).
+
+        A client gets the gradient of its own mean loss, however many rows others brought.
+        """
+        if self.options.server == "concatenated":
+            return self._together(next(iter(halves.values())), replies, ask)
+        gradients, losses = {}, []
+        for client, reply in replies.items():
+            found, loss = self._together(halves[client], {client: reply}, ask)
+            gradients |= found
+            losses.append(loss)
+        return gradients, float(np.mean(losses))
+
+    def _together(
+        self, half: Half, replies: Mapping[str, Message], ask: Exchange
+    ) -> tuple[dict[str, Tensor], float]:
+        device = self.model.model.device
+        weights = {c: float(r.facts["units"]) for c, r in replies.items()}
+        total = sum(weights.values())
+        with ask.meter.step("c3") as cost:
+            lengths = torch.cat([r.tensors[LENGTHS].long() for r in replies.values()]).to(device)
+            packed = torch.cat([r.tensors[H] for r in replies.values()]).to(device)
+            batch = self._server_batch(packed, lengths, replies)
+            who = ("server", *sorted(replies))
+            first = next(iter(replies.values()))
+            purpose = (self.setup.seed, ask.round, *who, "dropout", first.facts["number"])
+            out = half.forward(batch, purpose, cost, "train")
+        if self.home:
+            back = self._ask_heads(pack_rows(out.detach(), lengths), lengths, replies, ask)
+            loss = sum(float(b.facts["loss"]) * weights[c] for c, b in back.items()) / total
+            parts = [back[c].tensors[GRAD].to(device) * (weights[c] / total) for c in replies]
+            gradient: Tensor | None = unpack_rows(torch.cat(parts), lengths)
+            goal = out
+        else:
+            goal, gradient = cross_entropy(out, batch), None
+            loss = float(goal.detach())
+        if not np.isfinite(loss):
+            raise FedllmError(f"round {ask.round}: the loss became {loss}; lower training.rate")
+        with ask.meter.step("c3") as cost:
+            half.backward(goal, gradient, batch, cost, "train", True)
+            number, left = int(first.facts["number"]), int(first.facts["left"])
+            span = Span(ask.round - 1, self.setup.rounds)
+            half.learner.step(span.at((number - 1) / (number + left)))
+            cost.optimizer_steps += 1
+            grad = batch.x.grad
+            packed = pack_rows(torch.zeros_like(batch.x) if grad is None else grad, lengths)
+            sizes = [int(r.tensors[LENGTHS].sum()) for r in replies.values()]
+            gradients = {
+                client: (part * (total / weights[client])).contiguous()
+                for client, part in zip(replies, packed.split(sizes), strict=True)
+            }
+        return gradients, loss
+
+    def _server_batch(
+        self, packed: Tensor, lengths: Tensor, replies: Mapping[str, Message]
+    ) -> Batch:
+        """The activations as the server half takes them; ``lengths`` count the prompt, too."""
+        x = unpack_rows(packed, lengths).requires_grad_(True)
+        prompt = self.server.prompt_tokens
+        real = lengths - prompt
+        width = x.shape[1] - prompt
+        targets = torch.zeros(0, dtype=torch.long, device=x.device)
+        select = None
+        if not self.home:
+            labels = torch.cat([r.tensors[LABELS].long() for r in replies.values()]).to(x.device)
+            targets = labels
+            if not self.model.classification:
+                real_tokens = torch.arange(width, device=x.device) < real[:, None]
+                places = torch.full(real_tokens.shape, IGNORED, device=x.device)
+                places[real_tokens] = labels
+                select = (places.flatten() != IGNORED).nonzero().flatten()
+                targets = places.flatten()[select]
+        full = bool((real == width).all())
+        return Batch(x, None if full else real, select, targets, targets, int(real.sum()))
+
+    def _ask_heads(
+        self, packed: Tensor, lengths: Tensor, replies: Mapping[str, Message], ask: Exchange
+    ) -> dict[str, Message]:
+        """Labels at home: hidden states down, the loss's gradient up."""
+        sizes = [int(r.tensors[LENGTHS].sum()) for r in replies.values()]
+        parts = zip(replies, packed.split(sizes), strict=True)
+        return ask.gather(
+            {
+                client: Message("c3", "head", {H: part.contiguous()}, {H: Role.ACTIVATION})
+                for client, part in parts
+            }
+        )
+
+    def _stale(self, state: ServerState, client: str) -> bool:
+        """Whether a client's half is older than the server's (all start with the same)."""
+        newest = int(state.facts.get("version", 0))
+        return int(state.facts.get(f"version.{client}", 0)) < newest
+
+    def _bring(self, state: ServerState, clients: Sequence[str], ask: Exchange) -> ServerState:
+        """cc3: send the averaged client half; cc4: they replace theirs."""
+        if not clients:
+            return state
+        half = {n: t for n, t in state.shared.items() if n in self.client_names}
+        message = Message("cc3", "replace", half, of_role(Role.PARAMETER, half))
+        ask.gather(dict.fromkeys(clients, message))
+        newest = state.facts.get("version", 0)
+        facts = {**state.facts, **{f"version.{client}": newest for client in clients}}
+        return replace(state, facts=facts)
+
+    def _average(
+        self, state: ServerState, cohort: Sequence[str], seen: Mapping[str, float], ask: Exchange
+    ) -> ServerState:
+        """cc1 to cc4."""
+        replies = ask.gather(dict.fromkeys(cohort, Message("cc1", "collect")))
+        with ask.meter.step("cc2"):
+            updates = {client: reply.tensors for client, reply in replies.items()}
+            half = self.rule(updates, seen)
+        version = int(state.facts.get("version", 0)) + 1
+        state = replace(
+            state, shared={**state.shared, **half}, facts={**state.facts, "version": version}
+        )
+        return self._bring(state, list(replies), ask)
+
+    def _merge(
+        self, state: ServerState, halves: Mapping[str, Half], seen: Mapping[str, float],
+        ask: Exchange,
+    ) -> ServerState:  # fmt: skip
+        """The server half after the round: itself, or the mean of the clients' (V1)."""
+        if self.options.server != "per-client":
+            half = next(iter(halves.values()))
+            return replace(
+                state, shared={**state.shared, **half.learner.values()},
+                optimizer=half.learner.state(),
+            )  # fmt: skip
+        with ask.meter.step("cc2"):
+            values = {client: half.learner.values() for client, half in halves.items()}
+            merged = self.rule(values, seen)
+        optimizers = {client: half.learner.state() for client, half in halves.items()}
+        return replace(
+            state, shared={**state.shared, **merged}, clients={**state.clients, **optimizers}
+        )
+
+    def candidate(self, state: ServerState) -> Group:
+        """Both halves joined."""
+        return state.shared
+
+    # client -----------------------------------------------------------------------------------
+
+    def own(self, site: Site) -> Group:
+        """What stays at this client: its head, if that is personal."""
+        return {n: self.model.initial[n] for n in self.personal} | site.group("personal")
+
+    def _half_of(self, site: Site) -> dict[str, Half]:
+        """The client's parts in training (the tail only with labels at home)."""
+        if "halves" not in site.live:
+            values = {n: t for n, t in self.model.initial.items() if n in self.client_names}
+            values |= site.group("tunables") | self.own(site)
+            keep = self.setup.training.optimizer_state == "keep"
+            optimizer = site.group("optimizer") if keep else {}
+            halves = {}
+            for name, core in (("client", self.client), ("tail", self.tail)):
+                if core is not None:
+                    mine = {n: values[n] for n in self.model.tunables_of(core)}
+                    learner = Learner(mine, self.setup.training, optimizer)
+                    halves[name] = Half(self.model, core, learner, site.meter)
+            site.live["halves"] = halves
+        return dict(site.live["halves"])
+
+    def _next(self, site: Site) -> tuple[Batch, int, int]:
+        """The client's next batch of this round, its number, and how many are left after it."""
+        plan = site.plan(site.train, "private")
+        per_round = plan.per_pass * self.setup.training.epochs
+        if "batches" not in site.live:
+            first = per_round * (site.round - 1)
+            site.live["batches"] = iter(plan.between(first, first + per_round))
+            site.live.update(number=0, per_round=per_round)
+        site.live["number"] += 1
+        number = int(site.live["number"])
+        return next(site.live["batches"]), number, per_round - number
+
+    def forward(self, site: Site, message: Message) -> Message:
+        """c1 run the first layers on a private batch, c2 send activations (and labels)."""
+        half = self._half_of(site)["client"]
+        batch, number, left = self._next(site)
+        with site.meter.step("c1") as cost:
+            purpose = (self.setup.seed, site.name, "private", "dropout", site.round, number)
+            hidden = half.forward(replace(batch, select=None), purpose, cost, "train")
+        site.live.update(batch=batch, hidden=hidden, cost=cost)
+        site.meter.tick(batch.rows)
+        real = _lengths(batch) + self.client.prompt_tokens
+        tensors = {H: pack_rows(hidden.detach(), real), LENGTHS: real.int()}
+        roles = {H: Role.ACTIVATION, LENGTHS: Role.MASK}
+        if not self.home:
+            tensors[LABELS], roles[LABELS] = _labels(batch, self.model.classification), Role.LABEL
+        facts: dict[str, Any] = {"left": left, "number": number, "units": batch.units}
+        return Message("c2", tensors=tensors, roles=roles, facts=facts)
+
+    def head(self, site: Site, message: Message) -> Message:
+        """Labels at home: the loss from the server's hidden states, its gradient back."""
+        half = self._half_of(site)["tail"]
+        batch: Batch = site.live["batch"]
+        real = _lengths(batch) + self.client.prompt_tokens
+        hidden = unpack_rows(message.tensors[H].to(batch.x.device), real).requires_grad_(True)
+        with site.meter.step("c3") as cost:
+            purpose = (self.setup.seed, site.name, "tail", site.round, site.live["number"])
+            logits = half.forward(replace(batch, x=hidden), purpose, cost, "tail")
+            loss = cross_entropy(logits, batch)
+            half.backward(loss, None, replace(batch, x=hidden), cost, "tail", True)
+        assert hidden.grad is not None
+        gradient = {GRAD: pack_rows(hidden.grad, real)}
+        return Message(
+            "c3", tensors=gradient, roles=of_role(Role.GRADIENT, gradient),
+            facts={"loss": float(loss.detach())},
+        )  # fmt: skip
+
+    def backward(self, site: Site, message: Message) -> Message:
+        """c5: finish the back-propagation, step."""
+        halves = self._half_of(site)
+        batch: Batch = replace(site.live["batch"], select=None)
+        hidden: Tensor = site.live.pop("hidden")
+        real = _lengths(batch) + self.client.prompt_tokens
+        with site.meter.step("c5") as cost:
+            gradient = unpack_rows(message.tensors[GRAD].to(hidden.device), real)
+            halves["client"].backward(hidden, gradient, batch, cost, "train", False)
+            fraction = (site.live["number"] - 1) / site.live["per_round"]
+            for half in halves.values():
+                half.learner.step(Span(site.round - 1, self.setup.rounds).at(fraction))
+            cost.optimizer_steps += 1
+        return Message("c5")
+
+    def collect(self, site: Site, message: Message) -> Message:
+        """cc1: send the tunables of the client's side."""
+        values: Group = {}
+        optimizer: Group = {}
+        for half in self._half_of(site).values():
+            values |= half.learner.values()
+            optimizer |= half.learner.state()
+        if self.setup.training.optimizer_state == "keep":
+            site.keep("optimizer", optimizer)
+        site.keep("personal", {n: t for n, t in values.items() if n in self.personal})
+        sent = {n: t for n, t in values.items() if n not in self.personal}
+        return Message("cc1", tensors=sent, roles=of_role(Role.PARAMETER, sent))
+
+    def replace(self, site: Site, message: Message) -> Message:
+        """cc4: take the averaged half."""
+        site.keep("tunables", message.tensors)
+        site.live.pop("halves", None)  # their optimizers end here
+        return Message("cc4")
+
+
+def _lengths(batch: Batch) -> Tensor:
+    if batch.lengths is not None:
+        return batch.lengths
+    return torch.full((batch.rows,), batch.x.shape[1], device=batch.x.device)
+
+
+def _labels(batch: Batch, classification: bool) -> Tensor:
+    """Classes [rows], or for each real token the one to predict after it, or -1 [tokens]."""
+    if classification:
+        return batch.targets.int()
+    assert batch.select is not None
+    places = torch.full((batch.x.numel(),), IGNORED, dtype=torch.int32, device=batch.x.device)
+    places[batch.select] = batch.targets.int()
+    return pack_rows(places.view_as(batch.x), _lengths(batch))
+
+
+def check_cut(options: ex.Activations, model: LanguageModel) -> int:
+    """The number of blocks at the client. Raises FedllmError where the model cannot be cut so."""
+    if model.family is None:
+        raise FedllmError(
+            f"strategy.kind = 'activations': models of type {model.model.config.model_type!r} "
+            "cannot be cut yet; 'parameters' and 'logits' work with them"
+        )
+    cut = options.cut or max(model.blocks // 2, 1)
+    if not 1 <= cut < model.blocks:
+        raise FedllmError(
+            f"strategy.cut = {options.cut}: the model has {model.blocks} blocks; "
+            f"expected 1 to {model.blocks - 1}"
+        )
+    if model.spec.kind == "prefix":
+        raise FedllmError(
+            "tunables.kind = 'prefix': one tensor holds every layer's prefix and cannot be cut; "
+            "use 'lora', 'adapter', 'bitfit' or 'prompt' with strategy.kind = 'activations'"
+        )
+    tied = bool(getattr(model.model.config, "tie_word_embeddings", False))
+    if model.spec.kind == "full" and tied and not model.classification:
+        raise FedllmError(
+            "tunables.kind = 'full': this model's input and output embeddings are one tensor, "
+            "which would have to be trained on both sides of the cut; use 'lora' or 'adapter'"
+        )
+    if model.spec.head == "personal" and options.labels == "server":
+        raise FedllmError(
+            "tunables.head = 'personal': with labels at the server the head is there, too; "
+            "set strategy.labels = 'client'"
+        )
+    return cut

@@ -1,0 +1,142 @@
+"""What the three strategies share: the server's state, a client as its half sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from fedllm import experiment as ex
+from fedllm.data.examples import Examples
+from fedllm.exchange import Exchange
+from fedllm.message import Message
+from fedllm.models.loading import LanguageModel
+from fedllm.training.learner import Plan, Span, Trained, train
+from fedllm.training.meter import Cost, Meter
+from fedllm.training.objectives import Objective, cross_entropy
+
+Group = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What both halves know of the experiment."""
+
+    seed: int
+    rounds: int
+    training: ex.Training
+    evaluation: ex.Evaluation
+    public: ex.Public
+    longest: int
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """State in, state out. ``shared``: tunables; ``optimizer``: of server-side training;
+    ``clients``: what the server keeps per client; ``facts``: small values."""
+
+    shared: Group = field(default_factory=dict)
+    optimizer: Group = field(default_factory=dict)
+    clients: dict[str, Group] = field(default_factory=dict)
+    facts: dict[str, int | float | str] = field(default_factory=dict)
+
+
+@dataclass
+class Site:
+    """One client: its model, its rows, and its state.
+
+    state: saved with every committed round, named ``<group>/<tensor>``.  live: models in
+    training, graphs; gone when a round ends or is asked again.
+    """
+
+    name: str
+    model: LanguageModel
+    train: Examples
+    test: Examples
+    setup: Setup
+    meter: Meter
+    public: Examples | None = None
+    server_model: LanguageModel | None = None
+    answers: Callable[[LanguageModel, Group], tuple[float, int]] | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+    live: dict[str, Any] = field(default_factory=dict)
+    round: int = 0
+
+    def group(self, name: str) -> Group:
+        """The tensors of one group of the state."""
+        prefix = f"{name}/"
+        return {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Replace one group of the state."""
+        self.state = {k: v for k, v in self.state.items() if not k.startswith(f"{name}/")}
+        self.state |= {f"{name}/{key}": tensor for key, tensor in tensors.items()}
+
+    def plan(self, examples: Examples, *purpose: object, size: int | None = None) -> Plan:
+        """Batches over some examples, from this client's own streams."""
+        training = self.setup.training
+        return Plan(
+            examples, size or training.batch_size, training.padding, self.setup.longest,
+            (self.setup.seed, self.name, *purpose), str(self.model.model.device),
+        )  # fmt: skip
+
+    def fine_tune(
+        self, tunables: Group, cost: Cost, first: int | None = None, last: int | None = None,
+        objective: Objective = cross_entropy,
+    ) -> Trained:  # fmt: skip
+        """This round's epochs over the private rows (a2, b1), or batches first to last - 1."""
+        training = self.setup.training
+        plan = self.plan(self.train, "private")
+        per_round = plan.per_pass * training.epochs
+        begin = per_round * (self.round - 1) if first is None else first
+        result = train(
+            self.model, tunables, plan, objective, training,
+            first=begin, last=begin + per_round if last is None else last,
+            span=Span(self.round - 1, self.setup.rounds), meter=self.meter, cost=cost,
+            optimizer=self.group("optimizer") if training.optimizer_state == "keep" else None,
+        )  # fmt: skip
+        if training.optimizer_state == "keep":
+            self.keep("optimizer", result.optimizer)
+        return result
+
+
+class Strategy(Protocol):
+    """Server half and client half of one exchange.
+
+    tasks: the client half, one method a task.  evaluates_clients: clients have models of their
+    own, which are evaluated besides the candidate.
+    """
+
+    tasks: Mapping[str, Callable[[Site, Message], Message]]
+    evaluates_clients: bool
+
+    def start(self) -> ServerState:
+        """State before the first round."""
+        ...
+
+    def serve(
+        self, state: ServerState, cohort: Sequence[str], ask: Exchange, rng: np.random.Generator
+    ) -> ServerState:
+        """One round of the server half."""
+        ...
+
+    def candidate(self, state: ServerState) -> Group | None:
+        """The model to evaluate, or none."""
+        ...
+
+    def own(self, site: Site) -> Group:
+        """A client's own tunables: of its own model, or what completes the candidate."""
+        ...
+
+
+def units(site: Site) -> float:
+    """What the loss averages over: a client's rows, or its predicted tokens."""
+    return float(site.train.targets.sum())
+
+
+def mean_loss(replies: Mapping[str, Message]) -> float:
+    """Mean of the training losses that the replies state."""
+    return sum(float(r.facts["loss"]) for r in replies.values()) / len(replies)

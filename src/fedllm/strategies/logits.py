@@ -1,0 +1,181 @@
+"""Clients exchange logits of a public set (KD-FedLLMs): Yan et al., section II-B, b1 to b8.
+
+No parameter travels. With ``server_model = false`` this is FedMD (arXiv 1910.03581).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedllm import experiment as ex
+from fedllm.aggregation import RULES
+from fedllm.data.examples import Examples
+from fedllm.errors import FedllmError
+from fedllm.exchange import Exchange
+from fedllm.message import Message, Role, of_role
+from fedllm.models.loading import LanguageModel
+from fedllm.strategies.base import Group, ServerState, Setup, Site, mean_loss, units
+from fedllm.training.evaluate import logits_of
+from fedllm.training.learner import Plan, Span, Trained, train
+from fedllm.training.meter import Cost, Meter
+from fedllm.training.objectives import distillation
+
+Z = "logits"
+
+
+class Logits:
+    """Federated distillation through the logits of a public set."""
+
+    evaluates_clients = True
+
+    def __init__(
+        self, options: ex.Logits, setup: Setup, model: LanguageModel, public: Examples
+    ) -> None:
+        """``model``: the server's.  ``public``: rows that everybody has."""
+        self.options, self.setup, self.model, self.public = options, setup, model, public
+        self.rule = RULES[options.knowledge]
+        self.tasks = {"know": self.know, "digest": self.digest, "receive": self.receive}
+
+    def start(self) -> ServerState:
+        """The server's model, if it has one."""
+        return ServerState(dict(self.model.initial) if self.options.server_model else {})
+
+    # server -----------------------------------------------------------------------------------
+
+    def serve(
+        self, state: ServerState, cohort: Sequence[str], ask: Exchange, rng: np.random.Generator
+    ) -> ServerState:
+        """One round."""
+        if self.setup.public.ship:
+            state = self._ship(state, cohort, ask)
+        rows = self._draw(rng)
+        which = {"rows": torch.from_numpy(rows.astype(np.int32))}
+        request = Message("b1", "know", which, {"rows": Role.INDEX}, {"public": self.public.hash})
+        replies = ask.gather(dict.fromkeys(cohort, request))  # b1, b2, b3
+        with ask.meter.step("b4"):
+            weights = {client: float(r.facts["weight"]) for client, r in replies.items()}
+            knowledge = self.rule({c: r.tensors for c, r in replies.items()}, weights)[Z]
+        if self.options.server_model:
+            public = self.public.take(rows)
+            with ask.meter.step("b5") as cost:
+                shared = self._distil(
+                    self.model, state.shared, public, knowledge, "server", ask.round, ask.meter,
+                    cost,
+                ).values  # fmt: skip
+            with ask.meter.step("b6") as cost:
+                size = self.setup.evaluation.batch_size
+                knowledge = logits_of(self.model, shared, public, size, ask.meter, cost)
+            state = replace(state, shared=shared)
+        sent = Message(
+            "b7", "digest", {Z: knowledge, **which}, {Z: Role.LOGIT, "rows": Role.INDEX}
+        )
+        done = ask.gather(dict.fromkeys(replies, sent))  # b7, b8
+        facts = {**state.facts, "loss": mean_loss(replies), "digest_loss": mean_loss(done)}
+        return replace(state, facts=facts)
+
+    def _draw(self, rng: np.random.Generator) -> np.ndarray:  # type: ignore[type-arg]
+        """This round's public rows, sorted."""
+        size = len(self.public)
+        wanted = min(self.setup.public.rows_per_round or size, size)
+        return np.sort(rng.permutation(size)[:wanted])
+
+    def _ship(self, state: ServerState, cohort: Sequence[str], ask: Exchange) -> ServerState:
+        """b0: the public set travels, once to each client."""
+        new = [client for client in cohort if f"shipped.{client}" not in state.facts]
+        if new:
+            packed = {
+                "tokens": torch.from_numpy(np.concatenate(self.public.ids).astype(np.int32)),
+                "lengths": torch.from_numpy(self.public.lengths.astype(np.int32)),
+            }
+            roles = of_role(Role.TOKEN, packed)
+            if self.setup.public.labelled and len(self.public.labels):
+                packed["labels"] = torch.from_numpy(self.public.labels.astype(np.int32))
+                roles["labels"] = Role.LABEL
+            ask.gather(dict.fromkeys(new, Message("b0", "receive", packed, roles)))
+        return replace(state, facts={**state.facts, **{f"shipped.{c}": 1 for c in new}})
+
+    def candidate(self, state: ServerState) -> Group | None:
+        """The server's model; none in FedMD."""
+        return state.shared if self.options.server_model else None
+
+    # both -------------------------------------------------------------------------------------
+
+    def _distil(
+        self, model: LanguageModel, tunables: Group, public: Examples, teacher: Tensor, who: str,
+        round: int, meter: Meter, cost: Cost,
+    ) -> Trained:  # fmt: skip
+        """b5 and b8: fit the model to the teacher's logits of these public rows."""
+        options, training = self.options, self.setup.training
+        plan = Plan(
+            public, options.batch_size or training.batch_size, training.padding,
+            self.setup.longest, (self.setup.seed, who, "public", round), str(model.model.device),
+        )  # fmt: skip
+        labels = 1.0 if self.setup.public.labelled else 0.0
+        goal = distillation(
+            teacher.to(model.model.device), options.temperature, options.loss, labels
+        )
+        return train(
+            model, tunables, plan, goal, training, first=0, last=plan.per_pass * options.epochs,
+            span=Span(round - 1, self.setup.rounds), meter=meter, cost=cost, rate=options.rate,
+        )  # fmt: skip
+
+    # client -----------------------------------------------------------------------------------
+
+    def own(self, site: Site) -> Group:
+        """The client's model."""
+        return {**site.model.initial, **site.group("tunables")}
+
+    def receive(self, site: Site, message: Message) -> Message:
+        """b0: keep the public set that came."""
+        site.keep("public", message.tensors)
+        return Message("b0")
+
+    def _public(self, site: Site) -> Examples:
+        if self.setup.public.ship:
+            kept = site.group("public")
+            ends = np.cumsum(kept["lengths"].numpy().astype(np.int64))
+            ids = tuple(np.split(kept["tokens"].numpy().astype(np.int64), ends[:-1]))
+            labels = np.full(len(ids), -1, np.int64)
+            if "labels" in kept:
+                labels = kept["labels"].numpy().astype(np.int64)
+            empty = np.zeros(0, np.int64)
+            if self.model.classification:
+                return Examples(ids, labels, empty, empty)
+            return Examples(ids, empty, np.ones(len(ids), np.int64), empty)
+        if site.public is None:
+            raise FedllmError(f"client {site.name!r} has no public set; set public.ship = true")
+        return site.public
+
+    def know(self, site: Site, message: Message) -> Message:
+        """b1 fine-tune on the private rows, b2 compute logits of the public ones, b3 send them."""
+        with site.meter.step("b1") as cost:
+            result = site.fine_tune(self.own(site), cost)
+        site.keep("tunables", result.values)
+        public = self._public(site)
+        if public.hash != message.facts["public"]:
+            raise FedllmError(
+                f"client {site.name!r} holds another public set than the server "
+                f"({public.hash}, not {message.facts['public']})"
+            )
+        with site.meter.step("b2") as cost:
+            rows = public.take(message.tensors["rows"].numpy())
+            size = self.setup.evaluation.batch_size
+            found = logits_of(site.model, result.values, rows, size, site.meter, cost)
+        facts = {"weight": units(site), "loss": result.loss}
+        return Message("b3", tensors={Z: found}, roles={Z: Role.LOGIT}, facts=facts)
+
+    def digest(self, site: Site, message: Message) -> Message:
+        """b8 distil the knowledge into the client's model."""
+        rows = self._public(site).take(message.tensors["rows"].numpy())
+        with site.meter.step("b8") as cost:
+            result = self._distil(
+                site.model, self.own(site), rows, message.tensors[Z], site.name, site.round,
+                site.meter, cost,
+            )  # fmt: skip
+        site.keep("tunables", result.values)
+        return Message("b8", facts={"loss": result.loss})

@@ -1,0 +1,71 @@
+"""Clients exchange parameters (FedLLMs): Yan et al., section II-A, steps a1 to a4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fedllm import experiment as ex
+from fedllm.aggregation import RULES
+from fedllm.exchange import Exchange
+from fedllm.message import Message, Role, of_role
+from fedllm.models.loading import LanguageModel
+from fedllm.strategies.base import Group, ServerState, Setup, Site, mean_loss, units
+
+
+class Parameters:
+    """FedAvg over the tunables (arXiv 1602.05629)."""
+
+    evaluates_clients = False
+
+    def __init__(self, options: ex.Parameters, setup: Setup, model: LanguageModel) -> None:
+        """``model``: gives the tunables their first values."""
+        self.options, self.setup, self.model = options, setup, model
+        self.rule = RULES[options.aggregation]
+        self.personal = model.head if model.spec.head == "personal" else frozenset[str]()
+        self.tasks = {"train": self.train}
+
+    def start(self) -> ServerState:
+        """The first values, without what stays personal."""
+        return ServerState({n: t for n, t in self.model.initial.items() if n not in self.personal})
+
+    # server -----------------------------------------------------------------------------------
+
+    def serve(
+        self, state: ServerState, cohort: Sequence[str], ask: Exchange, rng: np.random.Generator
+    ) -> ServerState:
+        """One round."""
+        sent = Message("a1", "train", state.shared, of_role(Role.PARAMETER, state.shared))
+        replies = ask.gather(dict.fromkeys(cohort, sent))  # a1, a2, a3
+        with ask.meter.step("a4"):
+            weights = {client: float(r.facts["weight"]) for client, r in replies.items()}
+            combined = self.rule({c: r.tensors for c, r in replies.items()}, weights)
+            if self.options.payload == "delta":
+                combined = {name: state.shared[name] + combined[name] for name in combined}
+        return replace(state, shared=combined, facts={"loss": mean_loss(replies)})
+
+    def candidate(self, state: ServerState) -> Group:
+        """The global tunables."""
+        return state.shared
+
+    # client -----------------------------------------------------------------------------------
+
+    def own(self, site: Site) -> Group:
+        """What stays at this client: its head, if that is personal."""
+        return {n: self.model.initial[n] for n in self.personal} | site.group("personal")
+
+    def train(self, site: Site, message: Message) -> Message:
+        """a2 fine-tune what came with a1, a3 send it back."""
+        start = {**self.own(site), **message.tensors}
+        with site.meter.step("a2") as cost:
+            result = site.fine_tune(start, cost)
+        site.keep("personal", {name: result.values[name] for name in self.personal})
+        update = {name: result.values[name] for name in message.tensors}
+        if self.options.payload == "delta":
+            update = {name: update[name] - message.tensors[name] for name in update}
+        return Message(
+            "a3", tensors=update, roles=of_role(Role.PARAMETER, update),
+            facts={"weight": units(site), "loss": result.loss},
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The local trainer: batches, objectives, optimizer, measurement, evaluation."""

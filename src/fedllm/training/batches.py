@@ -1,0 +1,115 @@
+"""Batches with little or no padding, in an order drawn from the client's own stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedllm.data.examples import Examples
+
+Padding = Literal["bucket", "longest", "fixed"]
+CHUNK = 32  # batches whose rows are sorted by length together; more: less padding, less mixing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows side by side.
+
+    x: tokens [rows, length], right-padded with 0.  lengths: real tokens [rows], None if all are
+    full.  select: indices of the predicting positions in the flattened tokens (generation).
+    targets: classes [rows] or next tokens [selected].  places: index of each target among all
+    targets of the Examples, in their order.
+    """
+
+    x: Tensor
+    lengths: Tensor | None
+    select: Tensor | None
+    targets: Tensor
+    places: Tensor
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.x)
+
+    @property
+    def selected(self) -> int:
+        """Number of token logits, 0 for classification."""
+        return 0 if self.select is None else len(self.select)
+
+    @property
+    def units(self) -> int:
+        """What the loss averages over: rows, or predicted tokens."""
+        return len(self.targets)
+
+
+def order(
+    lengths: Sequence[int] | np.ndarray,  # type: ignore[type-arg]
+    size: int,
+    padding: Padding,
+    rng: np.random.Generator | None,
+) -> list[list[int]]:
+    """Row numbers of each batch of one epoch; without ``rng`` sorted by length, for evaluation.
+
+    ``bucket`` shuffles, sorts by length within chunks of 32 batches, and shuffles the batches:
+    membership and order change every epoch; rows of very different length rarely meet.
+    """
+    rows = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
+    length = np.asarray(lengths)
+    if rng is None:
+        rows = rows[np.argsort(length[rows], kind="stable")]
+    elif padding == "bucket":
+        chunks = np.split(rows, range(CHUNK * size, len(rows), CHUNK * size))
+        rows = np.concatenate([c[np.argsort(length[c], kind="stable")] for c in chunks])
+    batches = [rows[i : i + size].tolist() for i in range(0, len(rows), size)]
+    if rng is not None and padding == "bucket":
+        batches = [batches[i] for i in rng.permutation(len(batches))]
+    return batches
+
+
+def collate(
+    examples: Examples, rows: Sequence[int], pad_to: int | None = None, device: str = "cpu"
+) -> Batch:
+    """Put rows of the examples side by side, padded to the longest or to ``pad_to``."""
+    lengths = examples.lengths[list(rows)]
+    length = max(int(lengths.max()), pad_to or 0)
+    x = np.zeros((len(rows), length), np.int64)
+    for i, row in enumerate(rows):
+        x[i, : lengths[i]] = examples.ids[row]
+    full = bool((lengths == length).all())
+    if len(examples.labels):
+        select = None
+        targets = examples.labels[list(rows)]
+        places = np.asarray(rows, np.int64)
+    else:
+        starts = examples.start[list(rows)]
+        offsets = np.concatenate([[0], np.cumsum(examples.targets)])
+        spans = [np.arange(s, n) for s, n in zip(starts, lengths, strict=True)]
+        select = np.concatenate([i * length + span - 1 for i, span in enumerate(spans)])
+        targets = np.concatenate([x[i, span] for i, span in enumerate(spans)])
+        places = np.concatenate(
+            [offsets[row] + np.arange(len(span)) for row, span in zip(rows, spans, strict=True)]
+        )
+    return Batch(
+        x=torch.from_numpy(x).to(device),
+        lengths=None if full else torch.from_numpy(lengths).to(device),
+        select=None if select is None else torch.from_numpy(select).to(device),
+        targets=torch.from_numpy(targets).to(device),
+        places=torch.from_numpy(places).to(device),
+        tokens=int(lengths.sum()),
+    )
+
+
+def batches(
+    examples: Examples, size: int, padding: Padding, rng: np.random.Generator | None,
+    longest: int, device: str = "cpu",
+) -> Iterator[Batch]:  # fmt: skip
+    """One epoch of batches; ``longest`` is what ``fixed`` pads to."""
+    for rows in order(examples.lengths, size, padding, rng):
+        yield collate(examples, rows, longest if padding == "fixed" else None, device)

@@ -1,0 +1,145 @@
+"""Quality, as sums that add up over clients; and the metrics that follow from the sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedllm.data.examples import Examples
+from fedllm.models.loading import LanguageModel
+from fedllm.training.batches import batches, collate, order
+from fedllm.training.meter import Cost, Meter, held_bytes
+
+Metrics = dict[str, Any]
+
+
+@torch.no_grad()
+def logits_of(
+    model: LanguageModel, tunables: Mapping[str, Tensor], examples: Examples, size: int,
+    meter: Meter, cost: Cost,
+) -> Tensor:  # fmt: skip
+    """Logits of every unit of the examples, in their order: [units, outputs]."""
+    out = torch.zeros((int(examples.targets.sum()), model.outputs))
+    core = model.whole
+    held = held_bytes(core)
+    for batch in batches(examples, size, "bucket", None, 0, str(model.model.device)):
+        with meter.memory(cost, core, batch, "forward", held):
+            found = core.apply_to(dict(tunables), batch.x, batch.lengths, batch.select)
+        out[batch.places.cpu()] = found.float().cpu()
+        cost.flops += meter.flops(model, core, batch, backward=False)
+        cost.examples += batch.rows
+        cost.tokens += batch.tokens
+        meter.tick(batch.rows)
+    return out
+
+
+@torch.no_grad()
+def statistics(
+    model: LanguageModel, tunables: Mapping[str, Tensor], examples: Examples, size: int,
+    meter: Meter, cost: Cost,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Sums over the examples: ``confusion`` [true, predicted] and ``loss``, or ``loss``,
+    ``units`` (tokens), ``utf8`` (bytes of their text) and ``unknown`` tokens."""
+    classes = model.classification
+    confusion = torch.zeros((model.outputs, model.outputs), dtype=torch.int32)
+    loss, units = 0.0, 0
+    core = model.whole
+    held = held_bytes(core)
+    for rows in order(examples.lengths, size, "bucket", None):
+        batch = collate(examples, rows, device=str(model.model.device))
+        with meter.memory(cost, core, batch, "forward", held):
+            logits = core.apply_to(dict(tunables), batch.x, batch.lengths, batch.select).float()
+            loss += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
+        units += batch.units
+        if classes:
+            pairs = (batch.targets * model.outputs + logits.argmax(-1)).cpu()
+            confusion += torch.bincount(pairs, minlength=confusion.numel()).view_as(confusion)
+        cost.flops += meter.flops(model, core, batch, backward=False)
+        cost.examples += batch.rows
+        cost.tokens += batch.tokens
+        meter.tick(batch.rows)
+    found = {"loss": torch.tensor([loss], dtype=torch.float64),
+             "units": torch.tensor([units], dtype=torch.int64)}  # fmt: skip
+    if classes:
+        return found | {"confusion": confusion}
+    return found | {
+        "utf8": torch.tensor([int(examples.utf8.sum())], dtype=torch.int64),
+        "tokens": torch.tensor([examples.tokens], dtype=torch.int64),
+        "unknown": torch.tensor([examples.unknown], dtype=torch.int64),
+    }
+
+
+def add(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Statistics of several clients together."""
+    names = parts[0].keys()
+    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in names}
+
+
+def metrics(sums: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Metrics:
+    """Statistics -> accuracy, macro_f1, per_class, loss; or loss, perplexity, bits_per_byte.
+
+    macro_f1 averages over the classes that occur among the true or the predicted labels.
+    """
+    units = max(int(sums["units"]), 1)
+    loss = float(sums["loss"]) / units
+    found: Metrics = {"loss": loss, "units": units}
+    if "confusion" in sums:
+        table = sums["confusion"].numpy().astype(np.int64)
+        right, true, said = np.diag(table), table.sum(1), table.sum(0)
+        occurs = (true + said) > 0
+        f1 = 2 * right[occurs] / (true + said)[occurs]
+        found["accuracy"] = float(right.sum() / max(table.sum(), 1))
+        found["macro_f1"] = float(f1.mean()) if len(f1) else 0.0
+        found["per_class"] = {
+            labels[i] if labels else str(i): float(right[i] / true[i])
+            for i in range(len(table))
+            if true[i]
+        }
+        return found
+    found["perplexity"] = math.exp(min(loss, 700))
+    found["bits_per_byte"] = float(sums["loss"]) / math.log(2) / max(int(sums["utf8"]), 1)
+    found["unknown_rate"] = int(sums["unknown"]) / max(int(sums["tokens"]), 1)
+    if "rouge" in sums and int(sums["rouge_units"]):
+        found["rouge_l"] = float(sums["rouge"]) / int(sums["rouge_units"])
+    return found
+
+
+def rouge_l(candidate: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004), lower-cased, no stemming."""
+    a, b = candidate.lower().split(), reference.lower().split()
+    if not a or not b:
+        return 0.0
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            above = row[j]
+            row[j] = diagonal + 1 if word == other else max(row[j], row[j - 1])
+            diagonal = above
+    common = row[-1]
+    return 2 * common / (len(a) + len(b))
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel, tunables: Mapping[str, Tensor], prompt: Sequence[int], stop: int | None,
+    limit: int,
+) -> list[int]:  # fmt: skip
+    """Greedy continuation of a prompt: at most ``limit`` new tokens, up to ``stop``."""
+    longest = getattr(model.model.config, "max_position_embeddings", 1024)
+    tokens = list(prompt)
+    device = model.model.device
+    for _ in range(limit):
+        x = torch.tensor([tokens[-longest:]], device=device)
+        last = torch.tensor([x.shape[1] - 1], device=device)
+        new = int(model.whole.apply_to(dict(tunables), x, None, last)[0].argmax())
+        if new == stop:
+            break
+        tokens.append(new)
+    return tokens[len(prompt) :]

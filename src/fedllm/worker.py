@@ -1,0 +1,127 @@
+"""Hosts one or many clients in one process and answers what they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedllm.errors import FedllmError
+from fedllm.message import Failure, Message, Role, of_role
+from fedllm.strategies.base import Site, Strategy
+from fedllm.training.evaluate import generate, rouge_l, statistics
+
+
+class Worker:
+    """``handle`` takes many clients' messages in one call.
+
+    Committed rounds: a client's state as of the last committed round is kept until the next one
+    opens; a round asked again (a higher attempt) starts from there. A repeated message id
+    returns the stored reply; another run's message or another base is refused.
+    """
+
+    def __init__(
+        self, sites: Mapping[str, Site], strategy: Strategy, run: str, base: str,
+        tokenizer: Any = None,
+    ) -> None:  # fmt: skip
+        """``base``: hash of the frozen weights that the server must have, too."""
+        self.sites, self.strategy, self.run, self.base = dict(sites), strategy, run, base
+        self.tokenizer = tokenizer
+        self._committed = {name: dict(site.state) for name, site in self.sites.items()}
+        self._attempt: dict[str, tuple[int, int]] = {}
+        self._last: dict[str, tuple[str, Message | Failure]] = {}
+
+    def handle(self, messages: Mapping[str, Message]) -> dict[str, Message | Failure]:
+        """Answer each client's message; one client's fault leaves the others untouched."""
+        return {client: self._one(client, message) for client, message in messages.items()}
+
+    def _one(self, client: str, message: Message) -> Message | Failure:
+        site = self.sites.get(client)
+        if site is None:
+            return Failure(client, message.step, "no such client here")
+        if message.run != self.run:
+            return Failure(client, message.step, f"asked by another run ({message.run!r})")
+        if message.base != self.base:
+            return Failure(
+                client, message.step,
+                f"the server's base model differs (hash {message.base}, here {self.base})",
+            )  # fmt: skip
+        last = self._last.get(client)
+        if last is not None and last[0] == message.id:
+            return last[1]
+        self._open(site, message)
+        try:
+            if message.task == "evaluate":
+                reply: Message | Failure = self._evaluate(site, message)
+            else:
+                task = self.strategy.tasks.get(message.task)
+                if task is None:
+                    raise FedllmError(f"this strategy has no task {message.task!r}")
+                reply = task(site, message)
+        except (FedllmError, MemoryError, torch.OutOfMemoryError) as error:
+            site.meter.take()
+            reply = Failure(client, message.step, str(error) or type(error).__name__)
+        if isinstance(reply, Message):
+            reply.facts.update(site.meter.take())
+        self._last[client] = (message.id, reply)
+        return reply
+
+    def _open(self, site: Site, message: Message) -> None:
+        now = (message.round, message.attempt)
+        before = self._attempt.get(site.name)
+        if before == now:
+            return
+        if before is not None and before[0] == message.round:
+            site.state = dict(self._committed[site.name])  # asked again: as if nothing happened
+        else:
+            self._committed[site.name] = dict(site.state)
+        site.live.clear()
+        site.round = message.round
+        self._attempt[site.name] = now
+
+    def _evaluate(self, site: Site, message: Message) -> Message:
+        """Sums over the client's held-out rows: of the candidate, or of its own model."""
+        own = message.facts["model"] == "own"
+        model = site.model if own or site.server_model is None else site.server_model
+        tunables: dict[str, Tensor] = dict(message.tensors)
+        if own or not self.strategy.evaluates_clients:
+            tunables = {**self.strategy.own(site), **tunables}
+        settings = site.setup.evaluation
+        with site.meter.step("eval") as cost:
+            sums = statistics(model, tunables, site.test, settings.batch_size, site.meter, cost)
+            if settings.rouge_examples and site.test.prompts:
+                sums |= self._rouge(site, model, tunables)
+        return Message("eval", tensors=sums, roles=of_role(Role.STATISTIC, sums))
+
+    def _rouge(self, site: Site, model: Any, tunables: dict[str, Tensor]) -> dict[str, Tensor]:
+        settings = site.setup.evaluation
+        count = min(settings.rouge_examples, len(site.test))
+        score = 0.0
+        for row in range(count):
+            prompt = site.test.ids[row][: site.test.start[row]].tolist()
+            new = generate(
+                model, tunables, prompt, self.tokenizer.eos_token_id, settings.max_new_tokens
+            )
+            said = self.tokenizer.decode(new, skip_special_tokens=True)
+            score += rouge_l(said, site.test.responses[row])
+        return {
+            "rouge": torch.tensor([score], dtype=torch.float64),
+            "rouge_units": torch.tensor([count], dtype=torch.int64),
+        }
+
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """Every client's state, for a checkpoint."""
+        return {name: dict(site.state) for name, site in self.sites.items() if site.state}
+
+    def restore(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go back to a checkpoint's states."""
+        for name, site in self.sites.items():
+            site.state = dict(states.get(name, {}))
+            site.live.clear()
+            self._committed[name] = dict(site.state)
+        self._attempt.clear()
+        self._last.clear()
+
+

@@ -111,9 +111,8 @@ without a download, and is of no other use.
 
 It was trained from random weights, only on the text that `fedllm.data.builtin` generates (the
 part "pretrain": a message, a line break, an acknowledgement, `<|endoftext|>`), without labels.
-That text is invented and holds no personal data. Replies in this part are acknowledgements that
-name one of nine desks; the labels, and the replies of the parts "train" and "test", are left for
-fine-tuning to learn.
+That text is invented and holds no personal data. Replies in this part are general
+acknowledgements; the replies of the parts "train" and "test" are left for fine-tuning to learn.
 
 Made by
 

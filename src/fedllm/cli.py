@@ -84,7 +84,7 @@ def run(file: File, set_: Set = None, out: Out = None, resume: Resume = False,
 @app.command()
 def compare(file: File, set_: Set = None, out: Out = None, resume: Resume = False,
             quiet: Quiet = False) -> None:  # fmt: skip
-    """Run all three strategies and the bounds ([compare] says otherwise), and lay them side by side."""
+    """Run all three strategies and the bounds, side by side (the compare section chooses)."""
     from fedllm import compare as comparison
     from fedllm import experiment
     from fedllm.report import page, tables

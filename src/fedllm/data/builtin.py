@@ -528,23 +528,26 @@ _ASIDES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# What the base model's training texts are answered with: the desk that the message goes to and the
-# repeated detail. The intents' own answers are left for fine-tuning to teach.
-_DESKS: dict[str, tuple[str, ...]] = {
-    "tracking": ("parcel_late", "parcel_lost", "parcel_marked_delivered"),
-    "goods": ("parcel_damaged", "parcel_return", "parcel_customs_fee"),
-    "delivery": ("parcel_wrong_address", "parcel_reschedule"),
-    "loans": ("loan_renew", "overdue_fine", "return_not_recorded"),
-    "books": ("book_reserve", "book_damaged", "ebook_access"),
-    "visitors": ("card_lost", "room_booking"),
-    "repairs": ("power_outage", "street_light", "water_leak"),
-    "billing": ("bill_too_high", "payment_plan", "meter_reading"),
-    "contracts": ("move_in", "move_out"),
+# What the base model's training texts are answered with. They show the form of an answer and the
+# repeated detail, but not the intents' answers: those are left for fine-tuning to teach.
+_ACKNOWLEDGEMENTS: dict[str, tuple[str, ...]] = {
+    "item": (
+        "Thank you, we have passed your message about the {item} to the parcel desk.",
+        "The parcel team will look into the {item} and write to you.",
+    ),
+    "title": (
+        "Thank you, we have passed your message about {title} to the library desk.",
+        "The library team will look into {title} and write to you.",
+    ),
+    "street": (
+        "Thank you, we have passed your message about {street} to the utility desk.",
+        "The utility team will look into {street} and write to you.",
+    ),
+    "day": (
+        "Thank you, we have passed your message about {day} to the library desk.",
+        "The library team will look into {day} and write to you.",
+    ),
 }
-_ACKNOWLEDGEMENTS = (
-    "Thank you, we have passed your message about {detail} to the {desk} desk.",
-    "The {desk} team will look into {detail} and write to you.",
-)
 
 _OPENER_RATE = 0.3
 _ASIDE_RATE = 0.55
@@ -656,9 +659,7 @@ def _reply(intent: str, part: str, draw: _Draw) -> str:
     if part != "pretrain":
         return reply
     slot = next(name for name in _DETAILS if "{" + name + "}" in reply)
-    desk = next(name for name, intents in _DESKS.items() if intent in intents)
-    detail = ("the {%s}" if slot == "item" else "{%s}") % slot
-    return draw.pick(_ACKNOWLEDGEMENTS).replace("{desk}", desk).replace("{detail}", detail)
+    return draw.pick(_ACKNOWLEDGEMENTS[slot])
 
 
 def _labels(part: str, draw: _Draw) -> Iterator[tuple[str, str]]:

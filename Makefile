@@ -1,0 +1,35 @@
+# Two commands for a newcomer: make demo, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint bench study clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/fedllm demo --out runs/demo --resume
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/plain_loop.py --out benchmarks/RESULTS.md
+
+study: $(STAMP)
+	$(BIN)/fedllm compare experiments/banking77-minilm.toml --out runs/banking77-minilm --resume
+	$(BIN)/fedllm compare experiments/shakespeare.toml --out runs/shakespeare --resume
+	$(BIN)/python benchmarks/plain_loop.py --accuracy --out benchmarks/RESULTS.md
+
+clean:
+	rm -rf $(VENV) runs dist build

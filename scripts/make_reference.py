@@ -1,0 +1,289 @@
+"""
+Write docs/experiment-file.md from the models in fedllm.experiment.
+
+Sections, keys, types, limits and defaults come from the models, the text of a section from its
+docstring. What a key means stands in ``MEANING`` below; a key without an entry is an error, and
+so is an entry without a key.
+
+    PYTHONPATH=src python scripts/make_reference.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from fedllm import experiment as ex
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "experiment-file.md"
+
+INTRO = """\
+<!-- Made by scripts/make_reference.py; change that script or src/fedllm/experiment.py instead. -->
+# The experiment file
+
+One TOML file says what is trained, on what, and what clients exchange. Every key but one (the
+`column` of a partition by column) has a default, so a file holds only what differs. An unknown
+key, a wrong type or a value out of range is an error that names the key. `fedllm check FILE` says
+what a file would do. The built-in data has its labels in a column `intent`, not `label`. A
+federation over several machines [does not exist yet](across-machines.md).
+
+- A path in `model.name`, `model.tokenizer`, `simulation.source`, `simulation.test`,
+  `public.source` or `client_models` is relative to the file's folder. A name that is no existing
+  path there, and does not start with `.`, `/` or `~`, is left as it is: a name on the hub.
+- `${NAME}` in a string becomes the environment variable; `${NAME:-default}` has a default.
+- `--set section.key=value` overrides a key; the value is TOML, and bare words are strings. Paths
+  given so are relative to the current folder. Setting a `kind` to another one drops the other
+  keys of its section.
+- `[tunables]` without `kind` is `lora`, `[strategy]` without `kind` is `parameters`.
+
+Rules between keys:
+
+- `simulation.sizes` has one number for each of `simulation.clients`.
+- `exchange.clients_per_round` is at most `simulation.clients`.
+- `data.prompt` and `data.response` go together.
+- `tunables.head` other than `shared` is for classification only.
+- `seeds` holds no seed twice.
+
+"""
+
+SAME_HEAD = (
+    "the task head of a classifier: `shared` travels with the tunables, `personal` is trained and "
+    "stays at the client, `frozen` is not trained"
+)
+
+MEANING = {
+    "name": "name of the run; without it the file's name without its ending",
+    "rounds": "number of rounds",
+    "seeds": "the run is repeated with each seed; a table then shows mean and standard deviation",
+    "model.name": "`builtin`, a folder, or a name on the hub",
+    "model.revision": "branch, tag or commit on the hub",
+    "model.weights": "`random` takes the architecture only and starts from the run seed",
+    "model.tokenizer": "another tokenizer than the model's own, named like a model",
+    "model.device": "torch device of all clients and the server",
+    "model.threads": "torch threads; 0 leaves torch's choice",
+    "task.kind": "what is learnt",
+    "task.chat_template": "the prompt is one user turn of the tokenizer's chat template",
+    "task.response_only": "false: tokens of the prompt are predicted, too (prompt and response)",
+    "data.text": "column of the text",
+    "data.label": "column of the label",
+    "data.prompt": "column of the prompt (generation)",
+    "data.response": "column of the response (generation)",
+    "data.labels": "all labels, in the order of their numbers; empty: those of the training rows, "
+                   "sorted",
+    "data.max_tokens": "longest example in tokens",
+    "public.source": "a source of its own; without it the rows are cut from `simulation.source`",
+    "public.size": "number of public rows; with `source`, 0 means all",
+    "public.rows_per_round": "rows drawn each round; without it all",
+    "public.labelled": "the public set's labels (generation: its tokens) are used as targets, too",
+    "public.ship": "the server sends the set to each client once (step b0), counted; false: "
+                   "clients have it beforehand",
+    "lora.rank": "rank of the update",
+    "lora.alpha": "the update is scaled by alpha / rank",
+    "lora.dropout": "dropout before the update's first matrix",
+    "lora.targets": "names of the layers; empty: `c_attn` (GPT-2), `q_proj`, `v_proj` (Llama "
+                    "types), `query`, `value` (BERT), PEFT's choice elsewhere",
+    "lora.init": "start of the first matrix (the second is zero)",
+    "adapter.width": "width of the bottleneck",
+    "adapter.after": "which halves of a block get one",
+    "prompt.tokens": "number of learnt vectors; they count against the model's longest input",
+    "prefix.tokens": "number of learnt keys and values; they count against the model's longest "
+                     "input",
+    "training.epochs": "passes over a client's rows in each round",
+    "training.batch_size": "rows in a batch",
+    "training.optimizer": "torch's optimizer of that name",
+    "training.rate": "learning rate",
+    "training.momentum": "of `sgd`",
+    "training.weight_decay": "of the optimizer",
+    "training.schedule": "of the rate, over all rounds",
+    "training.warmup": "first part of the experiment in which the rate rises from 1 % of itself",
+    "training.clip": "largest norm of the gradient (under activations of each half); without it no "
+                     "clipping",
+    "training.optimizer_state": "`keep`: a client's optimizer goes on from round to round. That of "
+                                "distillation always starts afresh, those of the server half "
+                                "(activations) and of the bounds always go on",
+    "training.base_dropout": "the frozen base's dropout layers draw in training, too",
+    "training.padding": "`bucket`: rows of similar length meet in a batch; `longest`: random "
+                        "batches, padded to their longest row; `fixed`: padded to the longest "
+                        "example allowed",
+    "parameters.payload": "clients send their tunables, or the difference from what they got",
+    "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted tokens)",
+    "logits.temperature": "of the softmax in `kl`",
+    "logits.loss": "of the distillation: `kl` is T^2 KL(teacher, student), `mse` compares logits",
+    "logits.knowledge": "how the clients' logits are averaged; `mean` weights as for parameters",
+    "logits.server_model": "false: clients get the averaged logits themselves",
+    "logits.client_models": "models of the clients, taken in turn; all must give equally many "
+                            "logits",
+    "logits.epochs": "passes over the round's public rows, at the server and at each client",
+    "logits.batch_size": "rows in a batch of distillation; without it `training.batch_size`",
+    "logits.rate": "rate of distillation; without it `training.rate`",
+    "activations.cut": "blocks at the client",
+    "activations.server": "one server half, client after client; one for each client, averaged "
+                          "every round; or one step on all clients' batches together",
+    "activations.turn": "`sequential` only: clients take turns after a batch, or after all "
+                        "batches of their round",
+    "activations.labels": "where the labels, the head and the loss are",
+    "activations.average_every": "batches of a client between two averages of the client halves",
+    "standalone.steps": "optimizer steps of each client over the whole run, in order of names",
+    "standalone.public": "one model, trained on the labelled public set",
+    "exchange.clients_per_round": "clients drawn each round; without it all",
+    "exchange.minimum_replies": "replies without which a step ends the run with an error; without "
+                                "it all that were asked",
+    "exchange.codecs": "codec by role, e.g. `{ activation = \"fp16\", gradient = \"fp16\" }`",
+    "evaluation.every": "rounds between evaluations; 0: only after the last",
+    "evaluation.batch_size": "rows in a batch of evaluation and of public logits",
+    "evaluation.on": "which held-out rows",
+    "evaluation.rouge_examples": "responses each client writes for Rouge-L (prompt and response); "
+                                 "0: none",
+    "evaluation.max_new_tokens": "longest response, here and in `fedllm predict`",
+    "dirichlet.alpha": "smaller is more uneven",
+    "by_column.column": "the column",
+    "simulation.source": "training rows: `builtin`, a file (.csv, .json, .jsonl, .txt), or what "
+                         "`datasets.load_dataset` takes",
+    "simulation.test": "held-out rows; without it each client's are cut from its training rows "
+                       "(`builtin` has its own)",
+    "simulation.format": "`auto` goes by the file's ending; `dialogue` is a script with lines "
+                         "`NAME:`",
+    "simulation.split": "split of a source on the hub; of `test` it is always `test`",
+    "simulation.clients": "number of clients",
+    "simulation.partition": "who gets which rows",
+    "simulation.sizes": "rows of each client, as `examples` for each of them; `dirichlet` uses their sum only, `by_column` ignores "
+                        "them",
+    "simulation.examples": "rows of each client, those held out for want of a `test` included; "
+                           "`dirichlet` uses `clients` times as many in all, `by_column` as the most "
+                           "a client gets; without it all rows are divided",
+    "simulation.test_examples": "rows drawn from `test` in all; without it all",
+    "simulation.test_fraction": "held-out part of each client's rows where there is no `test`",
+    "simulation.validation": "part of each client's training rows set aside for validation",
+    "simulation.cohort": "most clients handed to the worker in one call; it works through them one by "
+                         "one",
+    "compare.strategies": "which strategies run",
+    "compare.bounds": "which bounds run",
+    "compare.parameters": "options as in `[strategy]` with this kind",
+    "compare.logits": "options as in `[strategy]` with this kind",
+    "compare.activations": "options as in `[strategy]` with this kind",
+}  # fmt: skip
+
+
+def _choices(values: list[Any]) -> str:
+    return ", ".join(f"`{json.dumps(value)}`" for value in values)
+
+
+def kind_of(schema: dict[str, Any]) -> str:
+    """A property's JSON schema in words."""
+    if "anyOf" in schema:
+        return kind_of(next(part for part in schema["anyOf"] if part.get("type") != "null"))
+    if "oneOf" in schema or "$ref" in schema:
+        return "table"
+    if "enum" in schema:
+        return _choices(schema["enum"])
+    if "const" in schema:
+        return _choices([schema["const"]])
+    kind = schema["type"]
+    if kind == "array":
+        inner = kind_of(schema["items"])
+        return f"list of: {inner}"
+    if kind == "object":
+        roles = _choices(schema["propertyNames"]["enum"])
+        return f"table from {roles} to {kind_of(schema['additionalProperties'])}"
+    name = {"string": "string", "boolean": "true or false", "integer": "whole number",
+            "number": "number"}[kind]  # fmt: skip
+    limits = [
+        f"{sign} {schema[key]:g}"
+        for key, sign in (("minimum", "at least"), ("exclusiveMinimum", "above"),
+                          ("maximum", "at most"), ("exclusiveMaximum", "below"))
+        if key in schema
+    ]  # fmt: skip
+    return " ".join([name, ", ".join(limits)]).strip()
+
+
+def default_of(model: type[BaseModel], key: str) -> str:
+    """A field's default as it would stand in the file."""
+    field = model.model_fields[key]
+    if field.is_required():
+        return "required"
+    value = field.default
+    if value is None:
+        return "left out"
+    if isinstance(value, BaseModel):
+        return f'`{{ kind = "{value.kind}" }}`' if hasattr(value, "kind") else "see there"
+    if value == {}:
+        return "`{}`"
+    return f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"
+
+
+def _prose(model: type[BaseModel]) -> str:
+    """A section's docstring as one paragraph."""
+    return " ".join((model.__doc__ or "").replace("``", "`").split())
+
+
+def _table(model: type[BaseModel], prefix: str, skip: tuple[str, ...] = ()) -> Iterator[str]:
+    """The keys of one section, or nothing where it has none."""
+    schema = model.model_json_schema()["properties"]
+    keys = [key for key in model.model_fields if key not in skip]
+    if not keys:
+        return
+    yield "| key | type | default | meaning |"
+    yield "| --- | --- | --- | --- |"
+    for key in keys:
+        meaning = SAME_HEAD if key == "head" else _meaning(f"{prefix}{key}")
+        yield f"| `{key}` | {kind_of(schema[key])} | {default_of(model, key)} | {meaning} |"
+    yield ""
+
+
+_used: set[str] = set()
+
+
+def _meaning(key: str) -> str:
+    """What a key means; remembers that it was asked for."""
+    _used.add(key)
+    return MEANING[key]
+
+
+def _options(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation allows: one, or those of a union."""
+    found = [annotation, *get_args(annotation)]
+    return [a for a in found if isinstance(a, type) and issubclass(a, BaseModel)]
+
+
+def _kinds(title: str, options: list[type[BaseModel]], level: str) -> Iterator[str]:
+    for model in options:
+        kind = model.model_fields["kind"].default
+        yield f'{level} {title} kind = "{kind}"'
+        yield f"\n{_prose(model)}\n"
+        yield from _table(model, f"{kind}.", ("kind",))
+
+
+def page() -> str:
+    """The whole page."""
+    _used.clear()
+    fields = ex.Experiment.model_fields
+    sections = {name: found for name, field in fields.items() if (found := _options(
+        field.annotation))}  # fmt: skip
+    lines = ["## Top level", "", *_table(ex.Experiment, "", tuple(sections))]
+    for name, options in sections.items():
+        lines += [f"## [{name}]", ""]
+        if len(options) > 1:
+            default = fields[name].default.kind
+            kinds = ", ".join(f'`"{model.model_fields["kind"].default}"`' for model in options)
+            lines += [f'`kind` is one of {kinds}; default `"{default}"`.', ""]
+            lines += _kinds(f"[{name}]", options, "###")
+            continue
+        model = options[0]
+        lines += [_prose(model), "", *_table(model, f"{name}.")]
+        for key, field in model.model_fields.items():
+            inner = _options(field.annotation)
+            if len(inner) > 1:
+                lines += _kinds(f"[{name}.{key}]", inner, "###")
+    unknown = sorted(set(MEANING) - _used)
+    if unknown:
+        raise KeyError(f"MEANING of keys that do not exist: {', '.join(unknown)}")
+    return INTRO + "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(f"wrote {PAGE}")

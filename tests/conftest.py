@@ -1,0 +1,43 @@
+import os
+from collections.abc import Iterator
+
+import pytest
+from shared import SHARED
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub that is not there
+
+import torch
+
+torch.set_num_threads(1)  # so small models lose more than they win by a second thread
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not SHARED.is_dir():
+        absent = pytest.mark.skip(reason="the folder of real models and data is absent")
+        for item in items:
+            if item.get_closest_marker("shared"):
+                item.add_marker(absent)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "shared" in r.keywords]
+    if SHARED.is_dir():
+        terminalreporter.write_line(f"real models and data: {SHARED.name}, {len(skipped)} skipped")
+    else:
+        terminalreporter.write_line(
+            f"real models and data: absent, {len(skipped)} tests skipped (set FEDLLM_SHARED)"
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not SHARED.is_dir():
+        return
+    if any("shared" in report.keywords for report in reporter.stats.get("skipped", [])):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -150,16 +150,16 @@ MEANING = {
     "simulation.split": "split of a source on the hub; of `test` it is always `test`",
     "simulation.clients": "number of clients",
     "simulation.partition": "who gets which rows",
-    "simulation.sizes": "rows of each client, as `examples` for each of them; `dirichlet` uses their sum only, `by_column` ignores "
-                        "them",
+    "simulation.sizes": "rows of each client, one by one; `dirichlet` uses their sum only, "
+                        "`by_column` ignores them",
     "simulation.examples": "rows of each client, those held out for want of a `test` included; "
-                           "`dirichlet` uses `clients` times as many in all, `by_column` as the most "
-                           "a client gets; without it all rows are divided",
+                           "`dirichlet` uses `clients` times as many in all, `by_column` as the "
+                           "most a client gets; without it all rows are divided",
     "simulation.test_examples": "rows drawn from `test` in all; without it all",
     "simulation.test_fraction": "held-out part of each client's rows where there is no `test`",
     "simulation.validation": "part of each client's training rows set aside for validation",
-    "simulation.cohort": "most clients handed to the worker in one call; it works through them one by "
-                         "one",
+    "simulation.cohort": "most clients handed to the worker in one call; it works through them "
+                         "one by one",
     "compare.strategies": "which strategies run",
     "compare.bounds": "which bounds run",
     "compare.parameters": "options as in `[strategy]` with this kind",

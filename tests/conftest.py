@@ -2,6 +2,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
 from shared import SHARED
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub that is not there

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from shared import model, needs_shared
 
 from fedllm import experiment as ex
 from fedllm import federation, round
@@ -14,6 +13,7 @@ from fedllm.checkpoint import Committed
 from fedllm.federation import Prepared, Silent
 from fedllm.ledger import Ledger
 from fedllm.round import Federation
+from shared import model, needs_shared
 
 GPT2, LLAMA, BERT = "builtin", model("stories-260k"), model("minilm-l6-22m")
 TYPES = [

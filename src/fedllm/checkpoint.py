@@ -1,4 +1,4 @@
-"""Committed rounds on disk: written aside, checked by hash, renamed into place; the last two stay."""
+"""Committed rounds on disk: written aside, checked by hash, renamed into place; two stay."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def load(folder: Path) -> Committed | None:
-    """The newest committed round, or None if there is none.
+    """
+    The newest committed round, or None if there is none.
 
     Raises FedllmError when it is damaged, naming the file and the round to fall back to.
     """
@@ -110,5 +111,3 @@ def load(folder: Path) -> Committed | None:
         raise FedllmError(
             f"{newest}: damaged checkpoint ({type(error).__name__}: {error}); {other}"
         ) from None
-
-

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedllm import __version__
 from fedllm.errors import FedllmError
+
+if TYPE_CHECKING:
+    from fedllm.federation import Listener
 
 app = typer.Typer(
     name="fedllm",
@@ -26,25 +30,37 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.rate=0.001."),
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the run folder goes.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Where the run folder goes.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]
 
 
 def main() -> None:
-    """Entry point: errors of the user's input end with code 2, Ctrl-C with 130."""
+    """Entry point: errors of the user's input end with code 2."""
     try:
         app()
     except FedllmError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
+
+
+@contextmanager
+def _watched(quiet: bool) -> Iterator[Listener]:
+    """Long work: a progress bar, and what to do after Ctrl-C (which ends with code 130)."""
+    from fedllm.report.progress import progress
+
+    try:
+        with progress(quiet) as listener:
+            yield listener
     except KeyboardInterrupt:
         typer.secho(
             "interrupted; committed rounds are kept: the same command with --resume goes on",
             fg="yellow", err=True,
         )  # fmt: skip
-        sys.exit(130)
+        raise
 
 
 def _version(value: bool) -> None:
@@ -68,11 +84,10 @@ def run(file: File, set_: Set = None, out: Out = None, resume: Resume = False,
     """Run the experiment's one strategy."""
     from fedllm import compare, experiment, federation
     from fedllm.report import page, tables
-    from fedllm.report.progress import progress
 
     spec = experiment.load(file, set_ or ())
     folder = out or Path("runs") / spec.name
-    with progress(quiet) as listener:
+    with _watched(quiet) as listener:
         if len(spec.seeds) == 1:
             summary = federation.run(spec, spec.seeds[0], folder, resume=resume, listener=listener)
         else:
@@ -88,11 +103,10 @@ def compare(file: File, set_: Set = None, out: Out = None, resume: Resume = Fals
     from fedllm import compare as comparison
     from fedllm import experiment
     from fedllm.report import page, tables
-    from fedllm.report.progress import progress
 
     spec = experiment.load(file, set_ or ())
     folder = out or Path("runs") / f"{spec.name}-compare"
-    with progress(quiet) as listener:
+    with _watched(quiet) as listener:
         summary = comparison.run(spec, folder, resume=resume, listener=listener)
     tables.show(summary)
     typer.echo(f"report: {page.write(folder)}")
@@ -103,7 +117,7 @@ def check(file: File, set_: Set = None) -> None:
     """Say what would run, with an estimate of bytes, time, memory and disk; run nothing."""
     from fedllm import experiment
     from fedllm.report import tables
-    from fedllm.report.check import check as look
+    from fedllm.report.check import look
 
     tables.check(look(experiment.load(file, set_ or ())))
 
@@ -124,11 +138,10 @@ def demo(out: Out = None, resume: Resume = False, quiet: Quiet = False) -> None:
     from fedllm import compare as comparison
     from fedllm import experiment
     from fedllm.report import page, tables
-    from fedllm.report.progress import progress
 
     spec = experiment.load(Path(__file__).parent / "demo.toml")
     folder = out or Path("runs") / "demo"
-    with progress(quiet) as listener:
+    with _watched(quiet) as listener:
         summary = comparison.run(spec, folder, resume=resume, listener=listener)
     tables.show(summary)
     typer.echo(f"report: {page.write(folder)}")
@@ -187,8 +200,6 @@ def export(
 
     typer.echo(f"wrote {write(folder, out, merge, client)}")
 
-
-Command = Callable[..., Any]
 
 if __name__ == "__main__":
     main()

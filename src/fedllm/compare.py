@@ -117,8 +117,10 @@ def _resolve(
 
 
 def base_quality(experiment: ex.Experiment, prepared: Prepared) -> dict[str, Any] | None:
-    """Quality before any training, over everybody's held-out rows (generation only: a
-    classifier's head starts at random)."""
+    """
+    Quality before any training, over everybody's held-out rows (generation only: a
+    classifier's head starts at random).
+    """
     if experiment.task.kind != "generation":
         return None
     return federation.untrained(experiment, experiment.seeds[-1], prepared)
@@ -188,6 +190,7 @@ def seeds(
 ) -> dict[str, Any]:  # fmt: skip
     """One strategy with several seeds: ``folder/seed-S`` each, and their mean and spread."""
     federation.create(folder, force=resume)
+    (folder / "experiment.toml").write_text(ex.dump(experiment))
     runs = []
     for seed in experiment.seeds:
         inner = folder / f"seed-{seed}"

@@ -1,4 +1,5 @@
-"""What a run will cost, by formula; tests hold it against what is counted.
+"""
+What a run will cost, by formula; tests hold it against what is counted.
 
 Units: bytes of payload (tensor data, no headers), FLOPs, rows.
 """
@@ -18,8 +19,10 @@ INT = 4
 
 @dataclass(frozen=True)
 class ClientSize:
-    """What a client's costs depend on: rows and tokens of one pass over its training rows, and
-    predicted tokens (for classification: rows)."""
+    """
+    What a client's costs depend on: rows and tokens of one pass over its training rows, and
+    predicted tokens (for classification: rows).
+    """
 
     rows: int
     tokens: int
@@ -61,10 +64,15 @@ def logits_payload(model: LanguageModel, public: PublicSize) -> tuple[int, int]:
 
 
 def activations_payload(
-    model: LanguageModel, options: ex.Activations, client: ClientSize, epochs: int, client_half: int,
+    model: LanguageModel,
+    options: ex.Activations,
+    client: ClientSize,
+    epochs: int,
+    client_half: int,
     averages: int = 1,
-) -> tuple[int, int]:  # fmt: skip
-    """(up, down): width floats a token each way (twice each way with labels at the client),
+) -> tuple[int, int]:
+    """
+    (up, down): width floats a token each way (twice each way with labels at the client),
     lengths and labels up, and the client half's tunables for each average.
 
     client_half: bytes of the client's tunables.  averages: how often they are averaged a round.
@@ -98,5 +106,3 @@ def disk(model: LanguageModel, spec: ex.Strategy, clients: int) -> int:
     kept = {"parameters": 1, "logits": clients + 1, "activations": 3 + clients,
             "standalone": 3 * clients, "centralized": 3}[spec.kind]  # fmt: skip
     return 2 * kept * own + own + 200_000
-
-

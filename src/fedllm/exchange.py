@@ -1,4 +1,5 @@
-"""ask: the only caller of codecs and transport; it counts every frame.
+"""
+ask: the only caller of codecs and transport; it counts every frame.
 
 Outgoing order: strategy -> codec -> frame. ``Exchange`` is the server's end, ``Endpoint`` the
 clients' end of the same wire.
@@ -24,10 +25,9 @@ Listen = Callable[[str, str, int], None]
 FAILED = "failed"
 
 
-def encode(
-    message: Message, codecs: Mapping[str, str]
-) -> tuple[bytes, Message, dict[str, str]]:
-    """Message -> (frame, the message as it travels, codecs by tensor).
+def encode(message: Message, codecs: Mapping[str, str]) -> tuple[bytes, Message, dict[str, str]]:
+    """
+    Message -> (frame, the message as it travels, codecs by tensor).
 
     Each tensor goes through the codec of its role.
     """
@@ -74,8 +74,10 @@ class Exchange:
         codecs: Mapping[str, str] | None = None, minimum: int | None = None,
         listen: Listen | None = None, measured: Measured | None = None,
     ) -> None:  # fmt: skip
-        """minimum: replies without which a step fails (None: all).  listen: (step, client, rows)
-        for a progress line."""
+        """
+        minimum: replies without which a step fails (None: all).  listen: (step, client, rows)
+        for a progress line.
+        """
         self.transport, self.ledger, self.run, self.base = transport, ledger, run, base
         self.codecs = dict(codecs or {})
         self.minimum = minimum
@@ -96,7 +98,8 @@ class Exchange:
         self._costs("server", self.meter.take(), 1)
 
     def ask(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | Failure]]:
-        """Send one request to each client; yield (client, reply or failure) as they come.
+        """
+        Send one request to each client; yield (client, reply or failure) as they come.
 
         A reply with NaN or infinity, of another run, round or client is a Failure.
         """
@@ -116,13 +119,21 @@ class Exchange:
             reply = self._receive(answer, message, len(requests))
             if isinstance(reply, Failure):
                 self.ledger.add(
-                    Row(self.run, self.round, reply.step, client, "up", failures=1,
-                        reason=reply.reason[:200])  # fmt: skip
+                    Row(
+                        self.run,
+                        self.round,
+                        reply.step,
+                        client,
+                        "up",
+                        failures=1,
+                        reason=reply.reason[:200],
+                    )
                 )
             yield client, reply
 
     def gather(self, requests: Mapping[str, Message]) -> dict[str, Message]:
-        """``ask``, and wait for all: the good replies in the order of the clients' names.
+        """
+        ``ask``, and wait for all: the good replies in the order of the clients' names.
 
         Raises FedllmError naming who failed and why when fewer than ``minimum`` replied.
         """
@@ -174,8 +185,13 @@ class Exchange:
         for role, paid_for in paid.items():
             codec = by_role.get(role, "none")
             self.ledger.add(
-                Row(**common, role=role.value, codec=codec, payload_bytes=paid_for,
-                    wire_bytes=paid_for)  # fmt: skip
+                Row(
+                    **common,
+                    role=role.value,
+                    codec=codec,
+                    payload_bytes=paid_for,
+                    wire_bytes=paid_for,
+                )
             )
         rest = size - sum(paid.values())
         self.ledger.add(Row(**common, role="header", wire_bytes=rest, frames=1))

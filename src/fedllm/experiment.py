@@ -46,7 +46,8 @@ class Task(Section):
 
 
 class Data(Section):
-    """The contract every client keeps: columns, labels, longest example in tokens.
+    """
+    The contract every client keeps: columns, labels, longest example in tokens.
 
     Generation takes either ``text`` alone (plain language modelling) or ``prompt`` and
     ``response``. Without ``max_tokens`` the model's own limit holds (at most 512).
@@ -67,8 +68,10 @@ class Data(Section):
 
 
 class Public(Section):
-    """The public set of the logits strategy: ``size`` rows cut from the training source before
-    the clients get theirs, or all (at most ``size``, if given) of a ``source`` of its own."""
+    """
+    The public set of the logits strategy: ``size`` rows cut from the training source before
+    the clients get theirs, or all (at most ``size``, if given) of a ``source`` of its own.
+    """
 
     source: str | None = None
     size: Count = 0
@@ -131,9 +134,7 @@ class Full(Section):
     head: Head = "shared"
 
 
-Tunables = Annotated[
-    Lora | Adapter | BitFit | Prompt | Prefix | Full, Field(discriminator="kind")
-]
+Tunables = Annotated[Lora | Adapter | BitFit | Prompt | Prefix | Full, Field(discriminator="kind")]
 
 
 class Training(Section):
@@ -162,7 +163,8 @@ class Parameters(Section):
 
 
 class Logits(Section):
-    """Clients exchange logits of the public set (steps b1 to b8).
+    """
+    Clients exchange logits of the public set (steps b1 to b8).
 
     ``server_model = false`` is FedMD (arXiv 1910.03581): no model at the server.
     ``client_models`` are taken in turn by the clients; none means the experiment's model.
@@ -181,7 +183,8 @@ class Logits(Section):
 
 
 class Activations(Section):
-    """Clients run the first ``cut`` blocks, the server the rest (steps c1 to c5, cc1 to cc4).
+    """
+    Clients run the first ``cut`` blocks, the server the rest (steps c1 to c5, cc1 to cc4).
 
     ``cut = 0`` stands for half of the blocks. ``average_every`` batches the client halves are
     averaged; 0 means once, at the end of the round.
@@ -196,7 +199,8 @@ class Activations(Section):
 
 
 class Standalone(Section):
-    """Bound: each client alone; nothing is exchanged. ``steps`` replaces rounds x epochs.
+    """
+    Bound: each client alone; nothing is exchanged. ``steps`` replaces rounds x epochs.
 
     ``public`` trains each of them on the public set with its labels instead.
     """
@@ -263,9 +267,9 @@ Partition = Annotated[Iid | Dirichlet | ByColumn, Field(discriminator="kind")]
 
 
 class Simulation(Section):
-    """Where the data of a simulated federation comes from, and how clients get theirs.
+    """
+    Where the data of a simulated federation comes from, and how clients get theirs.
 
-    Real sites ignore this section: each says in its own site file where its data lies.
     ``sizes`` gives the clients' numbers of rows one by one; ``examples`` the same for all.
     """
 
@@ -322,6 +326,10 @@ class Experiment(Section):
             raise ValueError(
                 f"simulation.sizes: {len(sizes)} sizes for {self.simulation.clients} clients"
             )
+        if sizes and self.simulation.partition.kind != "iid":
+            raise ValueError(
+                "simulation.sizes: only for the partition 'iid'; others make their own sizes"
+            )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: the same seed twice")
         if self.task.kind == "generation" and self.tunables.head != "shared":
@@ -347,7 +355,8 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read, expand, override and check an experiment file.
+    """
+    Read, expand, override and check an experiment file.
 
     ``overrides`` are ``dotted.key=value`` with TOML values (bare words are strings).
     Raises FedllmError naming the file, the key, the value, and what was expected.
@@ -368,16 +377,14 @@ def parse(
     values: dict[str, Any], origin: str, folder: Path, overrides: Sequence[str] = ()
 ) -> Experiment:
     """Check a dictionary as ``load`` does; ``origin`` is what errors name."""
+    for override in overrides:
+        _override(values, override)
     values = _expand(values, origin)
     for section, key in PATHS:
         _resolve(values.get(section), key, folder)
     for strategy in (values.get("strategy"), (values.get("compare") or {}).get("logits")):
         if isinstance(strategy, dict) and isinstance(strategy.get("client_models"), list):
-            strategy["client_models"] = [
-                _path(item, folder) for item in strategy["client_models"]
-            ]
-    for override in overrides:
-        _override(values, override)
+            strategy["client_models"] = [_path(item, folder) for item in strategy["client_models"]]
     for section in ("tunables", "strategy"):
         if isinstance(values.get(section), dict):
             default = {"tunables": "lora", "strategy": "parameters"}[section]
@@ -506,10 +513,11 @@ def _known(keys: list[str]) -> list[str]:
         if isinstance(model, type) and issubclass(model, BaseModel) and key in model.model_fields:
             model = model.model_fields[key].annotation
         else:
-            options = [option for option in get_args(model) if isinstance(option, type)]
+            options: list[Any] = [option for option in get_args(model) if isinstance(option, type)]
             tagged = [
-                option for option in options if option.model_fields["kind"].default == key
-                or key in get_args(option.model_fields["kind"].annotation)
-            ]  # fmt: skip
+                option
+                for option in options
+                if key in get_args(option.model_fields["kind"].annotation)
+            ]
             model = tagged[0] if tagged else model
     return list(model.model_fields) if hasattr(model, "model_fields") else []

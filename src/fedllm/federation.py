@@ -19,7 +19,7 @@ from fedllm import checkpoint, round
 from fedllm import experiment as ex
 from fedllm.checkpoint import Committed
 from fedllm.data.examples import Encoder, Examples, join
-from fedllm.data.simulation import divide
+from fedllm.data.simulation import Division, divide
 from fedllm.errors import FedllmError
 from fedllm.exchange import Endpoint, Exchange
 from fedllm.ledger import Ledger
@@ -80,7 +80,11 @@ class ClientData:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data of one seed, tokenized once and used by every part of a comparison."""
+    """
+    Data of one seed, tokenized once and used by every part of a comparison.
+
+    ``division`` keeps the rows, for clients whose model has another tokenizer.
+    """
 
     clients: dict[str, ClientData]
     public: Examples | None
@@ -89,20 +93,28 @@ class Prepared:
     tokenizer: Any
     longest: int
     notes: tuple[str, ...]
+    division: Division
     measured: Measured = field(default_factory=Measured)
 
 
-def prepare(experiment: ex.Experiment, seed: int) -> Prepared:
-    """Read, divide and tokenize the data of a simulated federation.
+def prepare(
+    experiment: ex.Experiment,
+    seed: int,
+    division: Division | None = None,
+    name: str | None = None,
+) -> Prepared:
+    """
+    Read, divide and tokenize the data of a simulated federation.
 
+    division: rows divided before, to be tokenized for another model ``name``.
     Raises FedllmError as ``data.simulation.divide`` and ``data.examples.Encoder`` do.
     """
-    config = load_config(experiment.model)
-    tokenizer = load_tokenizer(experiment.model)
+    config = load_config(experiment.model, name)
+    tokenizer = load_tokenizer(experiment.model, name)
     limit = int(getattr(config, "max_position_embeddings", 512))
     limit -= getattr(experiment.tunables, "tokens", 0)
     draft = Encoder(tokenizer, experiment.task, experiment.data, (), limit)
-    division = divide(experiment, draft.columns, seed)
+    division = division or divide(experiment, draft.columns, seed)
     encode = Encoder(tokenizer, experiment.task, experiment.data, division.labels, limit)
     on = experiment.evaluation.on
     clients = {
@@ -111,19 +123,7 @@ def prepare(experiment: ex.Experiment, seed: int) -> Prepared:
         )
         for name, rows in division.clients.items()
     }
-    public = public_labelled = None
-    if division.public:
-        rows = division.public
-        if experiment.task.kind == "classification" and not experiment.public.labelled:
-            rows = [{**row, experiment.data.label: division.labels[0]} for row in rows]
-            hidden = encode(rows, "public set")
-            public = replace(hidden, labels=np.full(len(hidden), -1, np.int64))
-        else:
-            public_labelled = encode(rows, "public set")
-            public = public_labelled
-            if experiment.task.kind == "generation":
-                # Its text is an input to everybody; only a labelled set is also a target
-                public = public_labelled.without_labels()
+    public, public_labelled = _public(experiment, division, encode)
     notes = []
     if division.dropped:
         notes.append(f"{division.dropped} training rows belong to no client and stay unused")
@@ -136,8 +136,27 @@ def prepare(experiment: ex.Experiment, seed: int) -> Prepared:
         )
     return Prepared(
         clients, public, public_labelled, division.labels, tokenizer, encode.max_tokens,
-        tuple(notes),
+        tuple(notes), division,
     )  # fmt: skip
+
+
+def _public(
+    experiment: ex.Experiment, division: Division, encode: Encoder
+) -> tuple[Examples | None, Examples | None]:
+    """The public set as everybody sees it, and with its labels where they may be seen."""
+    rows = division.public
+    if not rows:
+        return None, None
+    if experiment.task.kind == "generation":
+        # Its text is an input to everybody; only a labelled set is also a target
+        whole = encode(rows, "public set")
+        return whole.without_labels(), whole if experiment.public.labelled else None
+    if experiment.public.labelled:
+        whole = encode(rows, "public set")
+        return whole, whole
+    rows = [{**row, experiment.data.label: division.labels[0]} for row in rows]
+    hidden = encode(rows, "public set")
+    return replace(hidden, labels=np.full(len(hidden), -1, np.int64)), None
 
 
 def merged(prepared: Prepared, kind: str) -> Prepared:
@@ -168,12 +187,11 @@ def assemble(
         prepared = merged(prepared, "all")
     elif isinstance(strategy_spec, ex.Standalone) and strategy_spec.public:
         prepared = merged(prepared, "public")
-    if isinstance(strategy_spec, ex.Standalone) and strategy_spec.steps:
-        if len(strategy_spec.steps) != len(prepared.clients):
-            raise FedllmError(
-                f"strategy.steps: {len(strategy_spec.steps)} numbers for "
-                f"{len(prepared.clients)} clients"
-            )
+    steps = strategy_spec.steps if isinstance(strategy_spec, ex.Standalone) else ()
+    if steps and len(steps) != len(prepared.clients):
+        raise FedllmError(
+            f"strategy.steps: {len(steps)} numbers for {len(prepared.clients)} clients"
+        )
 
     def base_model(name: str | None = None) -> LanguageModel:
         return load(
@@ -186,19 +204,24 @@ def assemble(
         prepared.longest,
     )  # fmt: skip
     strategy = build(strategy_spec, setup, model, prepared.public)
-    others = _client_models(strategy_spec, base_model, model)
+    others = _client_models(experiment, base_model, model, prepared)
     exchange_spec = experiment.exchange
     sites = {}
     for number, (name, data) in enumerate(prepared.clients.items()):
-        mine = others[number % len(others)] if others else model
 
         def tick(rows: int, client: str = name) -> None:
             listener.step("", client, rows)
 
-        sites[name] = Site(
-            name, mine, data.train, data.test, setup, Meter(prepared.measured, tick), prepared.public,
-            model if mine is not model else None,
-        )  # fmt: skip
+        meter = Meter(prepared.measured, tick)
+        site = Site(name, model, data.train, data.test, setup, meter, prepared.public)
+        if others:
+            own, own_data = others[number % len(others)]
+            site = replace(
+                site, model=own, train=own_data.clients[name].train,
+                test=own_data.clients[name].test, public=own_data.public,
+                server_model=model, server_test=data.test,
+            )  # fmt: skip
+        sites[name] = site
     worker = Worker(sites, strategy, run, model.base_hash, prepared.tokenizer)
     endpoint = Endpoint(worker.handle, exchange_spec.codecs)  # type: ignore[arg-type]
     transport = Local(list(sites), endpoint, experiment.simulation.cohort)
@@ -222,18 +245,32 @@ def untrained(experiment: ex.Experiment, seed: int, prepared: Prepared) -> dict[
 
 
 def _client_models(
-    spec: ex.Strategy, base_model: Callable[[str], LanguageModel], server: LanguageModel
-) -> list[LanguageModel]:
-    """Clients' own architectures, where the strategy allows them."""
+    experiment: ex.Experiment,
+    base_model: Callable[[str], LanguageModel],
+    server: LanguageModel,
+    prepared: Prepared,
+) -> list[tuple[LanguageModel, Prepared]]:
+    """Clients' own architectures with the rows in their tokens, where the strategy has them."""
+    spec = experiment.strategy
     if not isinstance(spec, ex.Logits) or not spec.client_models:
         return []
-    loaded = {name: base_model(name) for name in dict.fromkeys(spec.client_models)}
-    for name, model in loaded.items():
-        if model.outputs != server.outputs:
-            raise FedllmError(
-                f"strategy.client_models: {name!r} gives {model.outputs} logits, the server's "
-                f"model {server.outputs}; their tokenizers must be the same for generation"
-            )
+    loaded = {}
+    vocabulary = prepared.tokenizer.get_vocab()
+    for name in dict.fromkeys(spec.client_models):
+        model = base_model(name)
+        theirs = prepare(experiment, 0, prepared.division, name)
+        if theirs.tokenizer.get_vocab() != vocabulary:
+            if experiment.task.kind == "generation":
+                raise FedllmError(
+                    f"strategy.client_models: {name!r} has another tokenizer than the server's "
+                    f"model {server.name!r}; logits of tokens need the same"
+                )
+            if experiment.public.ship:
+                raise FedllmError(
+                    f"public.ship = true: {name!r} has another tokenizer than the server's model; "
+                    "the public set travels as tokens"
+                )
+        loaded[name] = (model, theirs)
     return [loaded[name] for name in spec.client_models]
 
 
@@ -261,12 +298,13 @@ def run(
     prepared: Prepared | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
-    """Run one experiment with one seed into ``folder``; returns its summary.
+    """
+    Run one experiment with one seed into ``folder``; returns its summary.
 
     ``resume`` goes on after the last committed round, and returns at once where the run is
     complete. Raises FedllmError for bad input, before anything is written, where possible.
     """
-    from fedllm.report.summary import summarize
+    from fedllm.summary import summarize
 
     listener = listener or Silent()
     prepared = prepared or prepare(experiment, seed)
@@ -316,20 +354,31 @@ def run(
         if fresh and not (folder / "checkpoints").exists():
             shutil.rmtree(folder, ignore_errors=True)  # nothing half-written stays behind
         raise
-    candidate = federation.strategy.candidate(end.server)
-    any_site = next(iter(federation.worker.sites.values()))
-    model = any_site.server_model or any_site.model
-    if candidate is not None:
-        save_adapter(model, candidate, folder / "adapter", prepared.labels, experiment)
-    else:
-        for name, site in federation.worker.sites.items():
-            own = federation.strategy.own(site)
-            save_adapter(site.model, own, folder / "adapter" / name, prepared.labels, experiment)
+    model = _save_models(federation, end, folder / "adapter")
     summary = summarize(experiment, seed, federation.ledger.rows, end.history, prepared)
     summary["fedllm"] = fedllm.__version__
     summary["base_hash"] = model.base_hash
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def _save_models(federation: Federation, end: Committed, folder: Path) -> LanguageModel:
+    """The common model in ``folder``, clients' own in ``folder/<client>``; returns the base."""
+    strategy, labels = federation.strategy, federation.labels
+    sites = federation.worker.sites
+    candidate = strategy.candidate(end.server)
+    any_site = next(iter(sites.values()))
+    model = any_site.server_model or any_site.model
+    personal = candidate is not None and any(name not in candidate for name in model.initial)
+    if candidate is not None and not personal:
+        save_adapter(model, candidate, folder, labels)
+    if candidate is None or personal or strategy.evaluates_clients:
+        for name, site in sites.items():
+            own = strategy.own(site)
+            if not strategy.evaluates_clients:
+                own = {**own, **(candidate or {})}
+            save_adapter(site.model, own, folder / name, labels)
+    return model
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,5 @@
-"""Append-only rows of what was measured.
+"""
+Append-only rows of what was measured.
 
 One row sums everything of one (round, step, client, direction, role, codec): split learning
 sends thousands of frames a round, and ``frames`` says how many a row stands for. Rows of a frame:
@@ -19,7 +20,8 @@ from fedllm.errors import FedllmError
 
 @dataclass(frozen=True)
 class Row:
-    """direction is ``down`` (server to client), ``up``, or ``compute``.
+    """
+    direction is ``down`` (server to client), ``up``, or ``compute``.
 
     Units: bytes, floating-point operations, seconds; peak_memory in bytes of live tensors.
     """

@@ -1,4 +1,5 @@
-"""The one wire format: a Message, and the Frame (bytes) that carries it. Never pickle.
+"""
+The one wire format: a Message, and the Frame (bytes) that carries it. Never pickle.
 
 Frame layout: ``FLM1`` | header length (u32, little endian) | header (JSON) | safetensors body.
 The header holds what the body is not: who, which round and step, roles, codecs, facts, checksum.
@@ -10,7 +11,7 @@ import json
 import struct
 import zlib
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 import safetensors
 import safetensors.torch
@@ -24,7 +25,7 @@ MAX_HEADER = 16 * 2**20
 Fact = int | float | str
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """What a tensor on the wire is; privacy rules and codecs go by it."""
 
     PARAMETER = "parameter"
@@ -42,8 +43,10 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says to the other. Strategies fill step, task, tensors, roles and facts;
-    the exchange stamps the rest."""
+    """
+    What one side says to the other. Strategies fill step, task, tensors, roles and facts;
+    the exchange stamps the rest.
+    """
 
     step: str
     task: str = ""
@@ -100,7 +103,8 @@ def pack(message: Message, codecs: dict[str, str] | None = None) -> bytes:
 
 
 def unpack(frame: bytes) -> tuple[Message, dict[str, str]]:
-    """Frame -> (message, codec of each tensor).
+    """
+    Frame -> (message, codec of each tensor).
 
     Raises FedllmError for anything that is not a whole, intact frame of this version.
     """

@@ -25,27 +25,28 @@ def _adapter(folder: Path, client: str | None) -> Path:
         inner = sorted(p.name for p in folder.glob("*/summary.json")) if folder.exists() else []
         hint = "choose one of the runs inside it" if inner else "is it a finished run folder?"
         raise FedllmError(f"{folder}: no finished run here; {hint}")
-    if (adapter / adapters.WEIGHTS).exists():
-        if client is not None:
-            raise FedllmError(f"--client {client}: this run ends with one common model")
-        return adapter
     names = sorted(path.parent.name for path in adapter.glob(f"*/{adapters.WEIGHTS}"))
-    if not names:
+    common = (adapter / adapters.WEIGHTS).exists()
+    if client is None and common:
+        return adapter
+    if client is None and len(names) == 1:
+        return adapter / names[0]
+    if client in names:
+        return adapter / str(client)
+    if not names and not common:
         raise FedllmError(
             f"{folder}: no adapter here; for a comparison choose one of the runs inside it"
         )
-    if client is None and len(names) == 1:
-        return adapter / names[0]
-    if client not in names:
-        raise FedllmError(f"--client {client}: each client has its own model; "
-                          f"{nearest(client or '', names)}")  # fmt: skip
-    return adapter / str(client)
+    if not names:
+        raise FedllmError(f"--client {client}: this run ends with one common model")
+    asked = "--client is needed" if client is None else f"--client {client}: no such client"
+    raise FedllmError(f"{asked}: each client has its own model; {nearest(client or '', names)}")
 
 
 def open_run(
     folder: Path, client: str | None = None
 ) -> tuple[ex.Experiment, LanguageModel, dict[str, torch.Tensor], Path]:
-    """The experiment, model and tunables of a finished run. Raises FedllmError if there are none."""
+    """The experiment, model and tunables of a finished run; FedllmError if there are none."""
     path = _adapter(folder, client)
     experiment = ex.load(folder / "experiment.toml")
     import json
@@ -108,9 +109,9 @@ def export(folder: Path, out: Path, merge: bool, client: str | None = None) -> P
         path = _adapter(folder, client)
         shutil.copytree(path, out, dirs_exist_ok=True)
         return out
-    experiment, model, tunables, path = open_run(folder, client)
+    experiment, model, tunables, _ = open_run(folder, client)
     try:
-        adapters.merge(model, tunables, path, out, experiment, experiment.data.labels)
+        adapters.merge(model, tunables, out, experiment, experiment.data.labels)
     except OSError as error:
         raise FedllmError(f"{out}: cannot be written ({error})") from None
     return out

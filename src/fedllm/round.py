@@ -1,4 +1,5 @@
-"""The loop of an experiment. Start reading here: a round from top to bottom.
+"""
+The loop of an experiment. Start reading here: a round from top to bottom.
 
 select the cohort -> the strategy asks, combines and steps -> evaluate -> commit
 """
@@ -33,9 +34,7 @@ class Federation:
     labels: Sequence[str]
 
 
-def run(
-    federation: Federation, begin: Committed, commit: Callable[[Committed], None]
-) -> Committed:
+def run(federation: Federation, begin: Committed, commit: Callable[[Committed], None]) -> Committed:
     """Rounds after ``begin`` to the last; ``commit`` is called at the end of each."""
     experiment, strategy, ask = federation.experiment, federation.strategy, federation.exchange
     committed = begin
@@ -70,7 +69,8 @@ def select(federation: Federation, number: int) -> list[str]:
 
 
 def evaluate(federation: Federation, state: ServerState) -> dict[str, Any]:
-    """Ask all clients for their sums over held-out rows, of the candidate and of their own models.
+    """
+    Ask all clients for their sums over held-out rows, of the candidate and of their own models.
 
     Returns ``global`` (the candidate, or None), ``mean`` (the clients' own models over all their
     rows) and ``clients`` (each one's model, or the candidate, on its own rows).
@@ -85,9 +85,7 @@ def evaluate(federation: Federation, state: ServerState) -> dict[str, Any]:
     return found
 
 
-def _ask(
-    federation: Federation, tunables: Group, model: str
-) -> tuple[Metrics, dict[str, Metrics]]:
+def _ask(federation: Federation, tunables: Group, model: str) -> tuple[Metrics, dict[str, Metrics]]:
     message = Message(
         "eval", "evaluate", tunables, of_role(Role.PARAMETER, tunables), {"model": model}
     )

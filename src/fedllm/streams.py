@@ -22,13 +22,14 @@ def stream(*purpose: object) -> np.random.Generator:
 
 @contextmanager
 def torch_stream(*purpose: object) -> Iterator[None]:
-    """Inside, torch draws from this purpose's stream; outside, its state is untouched.
+    """
+    Inside, torch draws from this purpose's stream; outside, its state is untouched.
 
     torch offers no generator argument for dropout or for a library's own initialization.
     """
     import torch
 
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed_of(*purpose))
         yield

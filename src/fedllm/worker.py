@@ -15,7 +15,8 @@ from fedllm.training.evaluate import generate, rouge_l, statistics
 
 
 class Worker:
-    """``handle`` takes many clients' messages in one call.
+    """
+    ``handle`` takes many clients' messages in one call.
 
     Committed rounds: a client's state as of the last committed round is kept until the next one
     opens; a round asked again (a higher attempt) starts from there. A repeated message id
@@ -84,14 +85,16 @@ class Worker:
     def _evaluate(self, site: Site, message: Message) -> Message:
         """Sums over the client's held-out rows: of the candidate, or of its own model."""
         own = message.facts["model"] == "own"
-        model = site.model if own or site.server_model is None else site.server_model
+        model, test = site.model, site.test
+        if not own and site.server_model is not None and site.server_test is not None:
+            model, test = site.server_model, site.server_test
         tunables: dict[str, Tensor] = dict(message.tensors)
         if own or not self.strategy.evaluates_clients:
             tunables = {**self.strategy.own(site), **tunables}
         settings = site.setup.evaluation
         with site.meter.step("eval") as cost:
-            sums = statistics(model, tunables, site.test, settings.batch_size, site.meter, cost)
-            if settings.rouge_examples and site.test.prompts:
+            sums = statistics(model, tunables, test, settings.batch_size, site.meter, cost)
+            if settings.rouge_examples and test.prompts:
                 sums |= self._rouge(site, model, tunables)
         return Message("eval", tensors=sums, roles=of_role(Role.STATISTIC, sums))
 
@@ -123,5 +126,3 @@ class Worker:
             self._committed[name] = dict(site.state)
         self._attempt.clear()
         self._last.clear()
-
-

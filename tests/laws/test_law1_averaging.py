@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from small import BERT, GPT2, TASKS, TYPES, build, experiment, final, finish, furthest
 from transformers import AutoModelForSequenceClassification
 
 from fedllm.models.export import _outside
 from fedllm.models.loading import source_of
+from small import BERT, GPT2, TASKS, TYPES, build, experiment, final, finish, furthest
 
 FULL_BATCH = {"batch_size": 1000, "rate": 0.05}
 
@@ -53,7 +53,8 @@ def test_one_client_is_our_trainer_without_federation_bit_for_bit(name: str, tas
 @pytest.mark.parametrize("name", TYPES)
 def test_one_client_is_a_plain_peft_loop(name: str) -> None:
     """The same batches, SGD, no dropout: a loop that anyone would write with PEFT."""
-    spec = experiment(name, simulation={"clients": 1, "sizes": [20]}, training={"epochs": 2})
+    spec = experiment(name, simulation={"clients": 1, "sizes": [20]},
+                      training={"epochs": 2, "rate": 0.01})  # fmt: skip
     built = build(spec)
     (site,) = built.worker.sites.values()
     initial = dict(site.model.initial)
@@ -74,7 +75,7 @@ def test_one_client_is_a_plain_peft_loop(name: str) -> None:
         match = [k for k in inner if _like(k) == _outside(key)]
         assert len(match) == 1, key
         inner[match[0]].copy_(value)
-    optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.01)
     for batch in site.plan(site.train, "private").between(0, 6):
         length = batch.x.shape[1]
         real = batch.lengths if batch.lengths is not None else torch.full((batch.rows,), length)

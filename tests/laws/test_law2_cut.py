@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from small import GPT2, TASKS, build, experiment, final, furthest
 
 from fedllm.models.core import Core
 from fedllm.models.loading import LanguageModel
 from fedllm.training.objectives import cross_entropy
+from small import GPT2, TASKS, build, experiment, final, furthest
 
 
 def gradients(

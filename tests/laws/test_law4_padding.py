@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import TASKS, build, experiment, furthest
 
 from fedllm.training.batches import collate, order
 from fedllm.training.objectives import cross_entropy
+from small import TASKS, build, experiment, furthest
 
 
 @pytest.mark.parametrize(("name", "task"), TASKS)

@@ -1,6 +1,7 @@
 """Law 5: the base is bit-identical after a run."""
 
 import pytest
+
 from small import TYPES, build, experiment, finish
 
 STRATEGIES = ["parameters", "logits", "activations"]

@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from small import BERT, GPT2, build, experiment, finish
-from shared import needs_shared
 
 from fedllm import costs
 from fedllm.costs import ClientSize, PublicSize
@@ -13,6 +11,8 @@ from fedllm.ledger import total
 from fedllm.message import Failure
 from fedllm.round import Federation
 from fedllm.transport import Transport
+from shared import needs_shared
+from small import BERT, GPT2, build, experiment, finish
 
 
 class Counting:

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small import GPT2, build, experiment, files
 
 from fedllm import federation
-from fedllm.message import Failure, Role, unpack
-from fedllm.round import Federation, run as run_rounds
 from fedllm.checkpoint import Committed
+from fedllm.message import Failure, Role, unpack
+from fedllm.round import Federation
+from fedllm.round import run as run_rounds
 from fedllm.transport import Transport
+from small import GPT2, build, experiment, files
 
 CANARY = "zebrafish quartz umbrella"
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import GPT2, build, experiment, finish
 from torch import Tensor
 
 from fedllm.aggregation import RULES
 from fedllm.errors import FedllmError
 from fedllm.message import Message
+from small import GPT2, build, experiment, finish
 
 rules = pytest.mark.parametrize("name", sorted(RULES))
 

@@ -30,11 +30,14 @@ def check(updates: Updates) -> None:
                     f"{tuple(tensor.shape)}, client {first_client!r} {tuple(first[name].shape)}"
                 )
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise FedllmError(f"aggregation: client {client!r} sent NaN or infinity in {name!r}")
+                raise FedllmError(
+                    f"aggregation: client {client!r} sent NaN or infinity in {name!r}"
+                )
 
 
 def mean(updates: Updates, weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """sum_k w_k x_k / sum_k w_k for every name (FedAvg, arXiv 1602.05629, algorithm 1).
+    """
+    sum_k w_k x_k / sum_k w_k for every name (FedAvg, arXiv 1602.05629, algorithm 1).
 
     Summed in float64 in the order of the clients' names, so their order of arrival is nothing.
     """

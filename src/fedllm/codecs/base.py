@@ -10,7 +10,8 @@ State = dict[str, Tensor]
 
 
 class Codec(Protocol):
-    """Encodes one tensor into named parts and back.
+    """
+    Encodes one tensor into named parts and back.
 
     ``state`` (error feedback and the like) belongs to the side that encodes and is saved with
     it; a codec without one returns what it was given.

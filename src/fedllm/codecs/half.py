@@ -21,8 +21,10 @@ class Identity:
 
 
 class Half:
-    """float16: half the bytes. Relative error at most 2^-11 within its range; biased by none
-    (round to nearest even). Values beyond 65,504 are clamped to it."""
+    """
+    float16: half the bytes. Relative error at most 2^-11 within its range; biased by none
+    (round to nearest even). Values beyond 65,504 are clamped to it.
+    """
 
     def encode(self, state: State, x: Tensor) -> tuple[State, dict[str, Tensor]]:
         """float32 -> float16."""

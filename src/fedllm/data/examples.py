@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,12 +20,14 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows ready for a model.
+    """
+    Rows ready for a model.
 
     ids: tokens of each row.  labels: class of each row (classification; empty otherwise).
     start: index of the first token that is predicted (generation).  utf8: bytes of the text
     that the predicted tokens stand for.  prompts, responses: text, kept for Rouge-L.
-    unknown: tokens that are ``<unk>``.
+    unknown: tokens that are ``<unk>``.  hash: of the text, to see that two sites hold the same
+    public set whatever their tokenizers.
     """
 
     ids: tuple[Ints, ...]
@@ -34,6 +37,7 @@ class Examples:
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
     unknown: int = 0
+    hash: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,15 +72,7 @@ class Examples:
     def without_labels(self) -> Examples:
         """The same rows with nothing but their tokens; every token but the first is predicted."""
         empty = np.zeros(0, np.int64)
-        return Examples(self.ids, empty, np.ones(len(self), np.int64), empty)
-
-    @cached_property
-    def hash(self) -> str:
-        """SHA-256 of the tokens, to see that two sites hold the same public set."""
-        digest = hashlib.sha256()
-        for row in self.ids:
-            digest.update(len(row).to_bytes(4, "little") + row.astype("<i4").tobytes())
-        return digest.hexdigest()[:16]
+        return Examples(self.ids, empty, np.ones(len(self), np.int64), empty, hash=self.hash)
 
 
 def join(parts: Sequence[Examples]) -> Examples:
@@ -124,10 +120,14 @@ class Encoder:
     def __call__(self, rows: Sequence[dict[str, str]], where: str) -> Examples:
         """Encode rows; ``where`` is what an error about an unknown label names."""
         if self.task.kind == "classification":
-            return self._classified(rows, where)
-        if self.data.prompt is not None:
-            return self._answered(rows)
-        return self._plain(rows)
+            found = self._classified(rows, where)
+        elif self.data.prompt is not None:
+            found = self._answered(rows)
+        else:
+            found = self._plain(rows)
+        inputs = self.columns[:1] if self.task.kind == "classification" else self.columns
+        texts = json.dumps([[row[name] for name in inputs] for row in rows])
+        return replace(found, hash=hashlib.sha256(texts.encode()).hexdigest()[:16])
 
     def _classified(self, rows: Sequence[dict[str, str]], where: str) -> Examples:
         labels = []

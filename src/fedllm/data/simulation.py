@@ -35,7 +35,8 @@ class Division:
 
 
 def divide(experiment: ex.Experiment, columns: Sequence[str], seed: int) -> Division:
-    """Read the sources and give each client its rows.
+    """
+    Read the sources and give each client its rows.
 
     Raises FedllmError for a missing column, a label that only the test rows have, more clients
     than rows, or a public set larger than the data.
@@ -54,7 +55,8 @@ def divide(experiment: ex.Experiment, columns: Sequence[str], seed: int) -> Divi
     outside: Rows | None = None
     if public.source is not None:
         outside = sources.read(public.source, sim.format, sim.split, "public.source")
-        sources.need(outside, needed if public.labelled else needed[:1], public.source)
+        hidden = experiment.task.kind == "classification" and not public.labelled
+        sources.need(outside, needed[:1] if hidden else needed, public.source)
     labels = _labels(experiment, rows, test)
     rng = stream(seed, "partition")
     kept, shared = _cut_public(rows, outside, public, rng)
@@ -69,9 +71,11 @@ def divide(experiment: ex.Experiment, columns: Sequence[str], seed: int) -> Divi
             held, mine = mine[:count], mine[count:]
         count = round(len(mine) * sim.validation)
         clients[client] = ClientRows(mine[count:], mine[:count], held)
-        for what, got in (("training", clients[client].train),
-                          (experiment.evaluation.on, getattr(clients[client],
-                                                             experiment.evaluation.on))):  # fmt: skip
+        on = experiment.evaluation.on
+        for what, got in (
+            ("training", clients[client].train),
+            (on, getattr(clients[client], on)),
+        ):
             if not got:
                 raise FedllmError(
                     f"client {client!r}: no {what} rows left ({len(parts[client])} in all); "
@@ -81,9 +85,7 @@ def divide(experiment: ex.Experiment, columns: Sequence[str], seed: int) -> Divi
     return Division(clients, shared, labels, len(kept) - given)
 
 
-def _labels(
-    experiment: ex.Experiment, rows: Rows, test: Rows | None
-) -> tuple[str, ...]:
+def _labels(experiment: ex.Experiment, rows: Rows, test: Rows | None) -> tuple[str, ...]:
     if experiment.task.kind != "classification":
         return ()
     label = experiment.data.label

@@ -15,7 +15,8 @@ _SPEAKER = re.compile(r"^([A-Z][^\n:]{0,40}):\n", re.MULTILINE)
 
 
 def read(source: str, kind: str = "auto", split: str = "train", key: str = "source") -> Rows:
-    """All rows of a source, every value a string.
+    """
+    All rows of a source, every value a string.
 
     source: ``builtin``, a file (.csv, .json, .jsonl, .txt for a dialogue), a folder or a name
     on the hub that ``datasets.load_dataset`` takes.  Raises FedllmError when nothing is found.
@@ -23,7 +24,8 @@ def read(source: str, kind: str = "auto", split: str = "train", key: str = "sour
     if source == "builtin":
         from fedllm.data import builtin
 
-        return builtin.rows("test" if split == "test" else "train")
+        found = builtin.rows("test" if split == "test" else "train")
+        return [{**row, "label": row["intent"]} for row in found]
     path = Path(source)
     if kind == "dialogue" or (kind == "auto" and path.suffix == ".txt"):
         return list(_dialogue(_text(path, key), path, key))
@@ -51,9 +53,11 @@ def _dialogue(text: str, path: Path, key: str) -> Iterator[dict[str, str]]:
 
 
 def _load(path: Path, source: str, kind: str, split: str, key: str) -> Rows:
-    from datasets import disable_progress_bars, load_dataset
+    import datasets
+    from datasets import load_dataset
 
-    disable_progress_bars()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said below, once
     suffix = {"csv": ".csv", "jsonl": ".jsonl"}.get(kind, path.suffix)
     try:
         if path.is_file():
@@ -93,9 +97,7 @@ def _rows(data: Any) -> Rows:
     for name in data.column_names:
         values: Sequence[Any] = data[name][:]
         decode = getattr(features[name], "int2str", None)
-        columns[name] = [
-            "" if v is None else decode(v) if decode else str(v) for v in values
-        ]
+        columns[name] = ["" if v is None else decode(v) if decode else str(v) for v in values]
     names = list(columns)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

@@ -1,4 +1,5 @@
-"""A model as a function of its tunables, whole or a part of it, without rewriting it.
+"""
+A model as a function of its tunables, whole or a part of it, without rewriting it.
 
 A part is the same architecture with the blocks of the other side replaced by a module that
 passes its input on, so every tensor keeps its name and the tunables of the parts add up to
@@ -63,7 +64,8 @@ def graft(module: nn.Module, changes: dict[str, nn.Module | None]) -> nn.Module:
 
 
 class Core(nn.Module):
-    """The function that is trained.
+    """
+    The function that is trained.
 
     ``whole``: tokens -> logits.  ``client``: tokens -> hidden states after ``cut`` blocks.
     ``server``: hidden states -> logits.  With the head at the client, ``body`` is the server's
@@ -84,6 +86,9 @@ class Core(nn.Module):
         """``decoder_head``: logits of tokens; otherwise logits of classes.  name: of the model."""
         super().__init__()
         self.key = (name, part, cut)
+        self.model: Any
+        self.prompt: Any
+        self.prefix: Any
         self.family, self.decoder_head, self.part = family, decoder_head, part
         self.model = model if family is None else graft(model, _changes(model, family, part, cut))
         starts = part in ("whole", "client")
@@ -94,7 +99,8 @@ class Core(nn.Module):
     def forward(
         self, x: Tensor, lengths: Tensor | None = None, select: Tensor | None = None
     ) -> Tensor:
-        """Run this part.
+        """
+        Run this part.
 
         x: tokens [batch, length] or hidden states [batch, (prompt +) length, width].
         lengths: real tokens of each row [batch], without the prompt; None: all are full.
@@ -233,7 +239,5 @@ class Shy(nn.Module):
 
     def pool(self, hidden: Tensor) -> Tensor:
         """[batch, length, width] -> [batch, width], from the first position as BERT does."""
-        pooled: Tensor = self.get_submodule("activation")(
-            self.get_submodule("dense")(hidden[:, 0])
-        )
+        pooled: Tensor = self.get_submodule("activation")(self.get_submodule("dense")(hidden[:, 0]))
         return pooled

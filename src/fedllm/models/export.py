@@ -1,11 +1,10 @@
-"""Tunables on disk: PEFT's own format for LoRA, prompt and prefix; safetensors + JSON for others."""
+"""Tunables on disk: PEFT's own format where it has one, otherwise safetensors and JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -30,16 +29,20 @@ def _outside(name: str) -> str:
 
 
 def save_adapter(
-    model: LanguageModel, tunables: Mapping[str, Tensor], folder: Path, labels: Sequence[str],
-    experiment: ex.Experiment,
-) -> None:  # fmt: skip
-    """Write the tunables so that others can use them.
+    model: LanguageModel, tunables: Mapping[str, Tensor], folder: Path, labels: Sequence[str]
+) -> None:
+    """
+    Write the tunables so that others can use them.
 
     LoRA, prompt and prefix load with ``PeftModel.from_pretrained(base, folder)``; adapters,
     BitFit and full are tensors by name beside ``tunables.json``. ``labels.json`` lists classes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_outside(name): t.detach().cpu().contiguous() for name, t in tunables.items()}
+    own = dict(model.whole.named_parameters())
+    head = {name: own[name] for name in model.head}  # a frozen one is needed all the same
+    tensors = {
+        _outside(name): t.detach().cpu().contiguous() for name, t in {**head, **tunables}.items()
+    }
     safetensors.torch.save_file(tensors, folder / WEIGHTS)
     spec = model.spec
     if isinstance(spec, ex.Lora | ex.Prompt | ex.Prefix):
@@ -80,33 +83,30 @@ def load_adapter(model: LanguageModel, folder: Path) -> dict[str, Tensor]:
 
 
 def merge(
-    model: LanguageModel, tunables: Mapping[str, Tensor], adapter: Path, target: Path,
-    experiment: ex.Experiment, labels: Sequence[str],
+    model: LanguageModel, tunables: Mapping[str, Tensor], target: Path, experiment: ex.Experiment,
+    labels: Sequence[str],
 ) -> None:  # fmt: skip
-    """Write a whole model that ``from_pretrained`` loads without PEFT or fedllm.
-
-    Raises FedllmError for tunables that are no change of the base's own weights.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    Write a whole model that ``from_pretrained`` loads without PEFT or fedllm.
+
+    ``model`` is used up. Raises FedllmError for tunables that are no change of its own weights.
+    """
+    from peft.tuners.lora import LoraLayer
 
     spec = model.spec
     if isinstance(spec, ex.Adapter | ex.Prompt | ex.Prefix):
         raise FedllmError(
             f"tunables.kind = {spec.kind!r} adds layers or tokens and cannot be merged into the "
-            f"weights; use {adapter} as it is"
+            "weights; export without --merge"
         )
-    kind: Any = AutoModelForSequenceClassification if model.classification else AutoModelForCausalLM
-    options: dict[str, Any] = {"num_labels": len(labels)} if model.classification else {}
-    whole = kind.from_pretrained(
-        source_of(model.name), revision=experiment.model.revision, use_safetensors=True, **options
-    )
-    if isinstance(spec, ex.Lora):
-        whole = PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()
-    else:
-        own = dict(whole.named_parameters())
-        for name, tensor in tunables.items():
-            own[name.removeprefix("model.")].data.copy_(tensor)
+    own = dict(model.whole.named_parameters())
+    for name, tensor in tunables.items():
+        own[name].data.copy_(tensor)
+    whole = model.model
+    for name, layer in list(whole.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            whole.set_submodule(name, layer.get_base_layer())
     if labels:
         whole.config.id2label = dict(enumerate(labels))
         whole.config.label2id = {label: index for index, label in enumerate(labels)}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute paths; those below ``backbone`` are relative to it.
+    """
+    Attribute paths; those below ``backbone`` are relative to it.
 
     backbone: the model without its head.  blocks: the list of layers.  norm: what follows the
     last block (None: nothing).  head: the classification head.  lora: default LoRA targets.

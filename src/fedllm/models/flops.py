@@ -1,4 +1,5 @@
-"""Floating-point operations, counted by torch on meta tensors: no weights, no arithmetic.
+"""
+Floating-point operations, counted by torch on meta tensors: no weights, no arithmetic.
 
 Attention is made eager while counting, because torch counts none for fused attention on a CPU.
 Matrix products are linear in the batch and in the number of predicted positions, and quadratic
@@ -19,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedllm.models.core import Core
 
-
 NODES = (4, 8, 16, 12)  # lengths that are counted; the last one confirms
 
 
@@ -38,7 +38,8 @@ def count(
     core: Core, trained: frozenset[str], length: int, rows: int, selected: int, backward: bool,
     input_grad: bool,
 ) -> int:  # fmt: skip
-    """FLOPs of one pass over ``rows`` rows of ``length`` tokens, counted on the meta device.
+    """
+    FLOPs of one pass over ``rows`` rows of ``length`` tokens, counted on the meta device.
 
     selected: number of token logits (0: class logits). input_grad: the input is activations
     whose gradient is wanted too.
@@ -93,7 +94,10 @@ class FlopCounter:
         a, b, c, check = (self._count(n, selected, backward, input_grad) for n in NODES)
 
         def parabola(x: int) -> Fraction:
-            first, second = Fraction(b - a, nodes[1] - nodes[0]), Fraction(c - b, nodes[2] - nodes[1])
+            first, second = (
+                Fraction(b - a, nodes[1] - nodes[0]),
+                Fraction(c - b, nodes[2] - nodes[1]),
+            )
             curve = (second - first) / (nodes[2] - nodes[0])
             return a + first * (x - nodes[0]) + curve * (x - nodes[0]) * (x - nodes[1])
 
@@ -104,7 +108,8 @@ class FlopCounter:
     def __call__(
         self, rows: int, length: int, selected: int, backward: bool, input_grad: bool = False
     ) -> int:
-        """FLOPs of a pass over ``rows`` x ``length`` tokens with ``selected`` token logits in all.
+        """
+        FLOPs of a pass over ``rows`` x ``length`` tokens with ``selected`` token logits in all.
 
         ``backward``: forward and backward together.
         """

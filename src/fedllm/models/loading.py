@@ -67,7 +67,8 @@ def load_tokenizer(model: ex.Model, name: str | None = None) -> Any:
 
 @dataclass(eq=False)
 class LanguageModel:
-    """A frozen base with its tunables; training happens on dictionaries of tunables outside.
+    """
+    A frozen base with its tunables; training happens on dictionaries of tunables outside.
 
     ``initial`` holds the tunables' first values, ``head`` the names of those of the task head.
     All names are those inside ``Core``, equal in the whole and in its parts.
@@ -124,9 +125,12 @@ class LanguageModel:
 
     def dropout(self, on: bool, base: bool = False) -> None:
         """Switch the tunables' own dropout; the frozen base stays in eval mode unless asked."""
+        if base:
+            self.model.train(on)
+            return
         for name, module in self.model.named_modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.train(on and (base or ".lora_dropout." in name))
+            if isinstance(module, torch.nn.Dropout) and ".lora_dropout." in name:
+                module.train(on)
 
     @cached_property
     def base_hash(self) -> str:
@@ -158,7 +162,8 @@ def load(
     spec: ex.Model, task: ex.Task, tunables: ex.Tunables, labels: int, seed: int,
     name: str | None = None,
 ) -> LanguageModel:  # fmt: skip
-    """Load a base and give it tunables; every random start draws from the run seed.
+    """
+    Load a base and give it tunables; every random start draws from the run seed.
 
     Raises FedllmError when there is no such model, or the tunables do not fit it.
     """

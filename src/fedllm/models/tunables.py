@@ -35,7 +35,8 @@ class Adapted(nn.Module):
 def install(
     model: Any, spec: ex.Tunables, classification: bool
 ) -> tuple[dict[str, nn.Module], set[str]]:
-    """Put the tunables into ``model``, in place.
+    """
+    Put the tunables into ``model``, in place.
 
     Returns the prompt or prefix module, if any, by its name, and the names of the trained
     tensors (relative to the model; head excluded). Raises FedllmError where this kind of
@@ -71,9 +72,7 @@ def head_names(model: Any) -> set[str]:
     """Parameters of the classification head."""
     family = FAMILIES.get(model.config.model_type)
     heads = (family.head,) if family else ("score", "classifier", "classification_head")
-    return {
-        name for name, _ in model.named_parameters() if name.partition(".")[0] in heads
-    }
+    return {name for name, _ in model.named_parameters() if name.partition(".")[0] in heads}
 
 
 def _need(family: Family | None, kind: str, what: str) -> Family:

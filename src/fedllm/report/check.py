@@ -12,8 +12,9 @@ from fedllm import experiment as ex
 from fedllm.costs import ClientSize, PublicSize
 from fedllm.data.examples import Examples
 from fedllm.models.loading import LanguageModel
-from fedllm.report.summary import variant
 from fedllm.report.tables import amount, size
+from fedllm.round import Federation
+from fedllm.summary import variant
 from fedllm.training.batches import Batch
 from fedllm.training.meter import Meter
 
@@ -22,7 +23,7 @@ def _size(examples: Examples) -> ClientSize:
     return ClientSize(len(examples), examples.tokens, int(examples.targets.sum()))
 
 
-def _speed(federation_: federation.Federation) -> tuple[float, int, float]:
+def _speed(federation_: Federation) -> tuple[float, int, float]:
     """(FLOP/s, peak bytes, FLOPs a token) of training, from three real steps of one client."""
     from fedllm.streams import torch_stream
     from fedllm.training.learner import Learner, Span, fit
@@ -45,7 +46,8 @@ def _speed(federation_: federation.Federation) -> tuple[float, int, float]:
 
 
 def look(experiment: ex.Experiment) -> dict[str, Any]:
-    """Prepare everything, run three training steps to learn the speed, and estimate the rest.
+    """
+    Prepare everything, run three training steps to learn the speed, and estimate the rest.
 
     Raises FedllmError for whatever a run would refuse.
     """
@@ -55,8 +57,9 @@ def look(experiment: ex.Experiment) -> dict[str, Any]:
     model = next(iter(built.worker.sites.values())).model
     speed, memory, per_token = _speed(built)
     sizes = {name: _size(data.train) for name, data in prepared.clients.items()}
-    mean = ClientSize(*(round(float(np.mean([getattr(s, f) for s in sizes.values()])))
-                        for f in ("rows", "tokens", "units")))  # fmt: skip
+    fields = ("rows", "tokens", "units")
+    everybody = ClientSize(*(sum(getattr(s, f) for s in sizes.values()) for f in fields))
+    mean = ClientSize(*(round(getattr(everybody, f) / len(sizes)) for f in fields))
     listed = [part for part in compare.parts(experiment) if not part.equal_steps] if (
         experiment.public.size or experiment.public.source
         or "logits" not in experiment.compare.strategies
@@ -65,7 +68,9 @@ def look(experiment: ex.Experiment) -> dict[str, Any]:
     public = _public(experiment, prepared.public)
     for part in listed:
         one = experiment.replace(strategy=part.strategy)
-        rows.append(_line(one, model, mean, public, len(sizes), per_token, speed))
+        central = part.strategy.kind == "centralized"
+        whose, count = (everybody, 1) if central else (mean, len(sizes))
+        rows.append(_line(one, model, whose, public, count, per_token, speed))
     labels = f"{len(prepared.labels)} labels" if prepared.labels else "no labels"
     train = [s.rows for s in sizes.values()]
     tests = [len(data.test) for data in prepared.clients.values()]
@@ -129,7 +134,9 @@ def _line(
         if spec.labels == "client":
             names |= set(model.tunables_of(model.part("tail", cut)))
         half = costs.tunable_bytes(model, sorted(names))
-        up, down = costs.activations_payload(model, spec, client, epochs, half)
+        number = costs.batches(client.rows, experiment.training.batch_size) * epochs
+        averages = 1 + (number - 1) // spec.average_every if spec.average_every else 1
+        up, down = costs.activations_payload(model, spec, client, epochs, half, averages)
         server = train * (1 - cut / model.blocks) * clients
         train *= cut / model.blocks
     seconds = (train * clients + server) * experiment.rounds / speed

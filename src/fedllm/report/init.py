@@ -16,7 +16,8 @@ _PAIRS = (("prompt", "response"), ("instruction", "output"), ("question", "answe
 
 
 def template(data: Path, out: Path) -> str:
-    """Guess the columns and write them down, with what else one would want to set.
+    """
+    Guess the columns and write them down, with what else one would want to set.
 
     Raises FedllmError when the rows cannot be read, or no column looks like text.
     """
@@ -29,9 +30,9 @@ def template(data: Path, out: Path) -> str:
     source = source if source.startswith(".") else f"./{source}"
     if label is None and pair is None and text is None:
         raise FedllmError(f"{data}: none of the columns {', '.join(columns)} looks like text")
-    kind = "classification" if label and not pair else "generation"
+    kind = "generation" if pair or not label else "classification"
     quoted = json.dumps
-    if pair and not label:
+    if pair:
         contract = f"prompt = {quoted(pair[0])}\nresponse = {quoted(pair[1])}"
     elif kind == "classification":
         contract = f"text = {quoted(text)}\nlabel = {quoted(label)}"
@@ -41,7 +42,7 @@ def template(data: Path, out: Path) -> str:
         "openai-community/gpt2"
     )  # fmt: skip
     public = max(len(rows) // 5, 1)
-    return f"""# {data.name}: {len(rows)} rows, columns {', '.join(columns)}
+    return f"""# {data.name}: {len(rows)} rows, columns {", ".join(columns)}
 # Run it:      fedllm check {out}    then    fedllm compare {out}
 rounds = 5
 seeds = [0]
@@ -51,7 +52,7 @@ name = "builtin"          # a small model for a first try; then e.g. {quoted(mod
                           # (from the hub), or the path of a folder
 
 [task]
-kind = {quoted(kind)}     # or "{'generation' if kind == 'classification' else 'classification'}"
+kind = {quoted(kind)}     # or "{"generation" if kind == "classification" else "classification"}"
 
 [data]                    # the contract that every site keeps
 {contract}

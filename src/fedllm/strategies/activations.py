@@ -1,4 +1,5 @@
-"""Clients exchange activations (Split-FedLLMs): Yan et al., section II-C, c1 to c5, cc1 to cc4.
+"""
+Clients exchange activations (Split-FedLLMs): Yan et al., section II-C, c1 to c5, cc1 to cc4.
 
 The client runs the embeddings and the first blocks, the server the rest. ``server`` says how
 the one trains with many: ``sequential`` (SplitFed V2, SplitLoRA: one server half, client after
@@ -26,7 +27,7 @@ from fedllm.exchange import Exchange
 from fedllm.message import Message, Role, of_role
 from fedllm.models.core import Core
 from fedllm.models.loading import LanguageModel
-from fedllm.strategies.base import Group, ServerState, Setup, Site
+from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks
 from fedllm.streams import torch_stream
 from fedllm.training.batches import Batch
 from fedllm.training.learner import Learner, Span
@@ -39,7 +40,9 @@ IGNORED = -1
 
 def unpack_rows(packed: Tensor, lengths: Tensor) -> Tensor:
     """[tokens, width] and the rows' lengths -> right-padded [rows, longest, width]."""
-    rows = torch.nn.utils.rnn.pad_sequence(list(packed.split(lengths.tolist())), batch_first=True)
+    rows = torch.nn.utils.rnn.pad_sequence(
+        list(torch.split(packed, lengths.tolist())), batch_first=True
+    )
     return rows.contiguous()
 
 
@@ -64,11 +67,9 @@ class Half:
         held = held_bytes(self.core) + self.learner.reserved
         try:
             with torch_stream(*purpose), self.meter.memory(cost, self.core, batch, kind, held):
-                out = self.core.apply_to(
-                    self.learner.params, batch.x, batch.lengths, batch.select
-                )
+                out = self.core.apply_to(self.learner.params, batch.x, batch.lengths, batch.select)
         finally:
-            self.model.dropout(False)
+            self.model.dropout(False, self.learner.training.base_dropout)
         cost.flops += self.meter.flops(self.model, self.core, batch, backward=False)
         cost.examples += batch.rows
         cost.tokens += batch.tokens
@@ -105,16 +106,14 @@ class Activations:
         self.server_names = set(model.tunables_of(self.server))
         self.client_names = set(model.initial) - self.server_names
         self.personal = model.head if model.spec.head == "personal" else frozenset[str]()
-        self.tasks = {
+        self.tasks: Tasks = {
             "forward": self.forward, "head": self.head, "backward": self.backward,
             "collect": self.collect, "replace": self.replace,
         }  # fmt: skip
 
     def start(self) -> ServerState:
         """First values of both halves."""
-        return ServerState(
-            {n: t for n, t in self.model.initial.items() if n not in self.personal}
-        )
+        return ServerState({n: t for n, t in self.model.initial.items() if n not in self.personal})
 
     # server -----------------------------------------------------------------------------------
 
@@ -128,8 +127,7 @@ class Activations:
         seen: dict[str, float] = dict.fromkeys(cohort, 0.0)
         losses: list[float] = []
         remaining = dict.fromkeys(cohort, 1 << 62)
-        done = 0
-        for group in turns(remaining):
+        for done, group in enumerate(turns(remaining), 1):
             replies = ask.gather(dict.fromkeys(group, Message("c1", "forward")))  # c1, c2
             for client, reply in replies.items():
                 remaining[client] = int(reply.facts["left"])
@@ -142,7 +140,6 @@ class Activations:
                     for client, g in gradients.items()
                 }
             )  # c4, c5
-            done += 1
             every = self.options.average_every * (
                 len(cohort) if self.options.server == "sequential" else 1
             )
@@ -189,13 +186,15 @@ class Activations:
     def _step(
         self, halves: Mapping[str, Half], replies: Mapping[str, Message], ask: Exchange
     ) -> tuple[dict[str, Tensor], float]:
-        """c3: forward, loss, backward and step; returns each client's gradient (c4).
+        """
+        c3: forward, loss, backward and step; returns each client's gradient (c4).
 
         A client gets the gradient of its own mean loss, however many rows others brought.
         """
         if self.options.server == "concatenated":
             return self._together(next(iter(halves.values())), replies, ask)
-        gradients, losses = {}, []
+        gradients: dict[str, Tensor] = {}
+        losses: list[float] = []
         for client, reply in replies.items():
             found, loss = self._together(halves[client], {client: reply}, ask)
             gradients |= found
@@ -238,7 +237,7 @@ class Activations:
             sizes = [int(r.tensors[LENGTHS].sum()) for r in replies.values()]
             gradients = {
                 client: (part * (total / weights[client])).contiguous()
-                for client, part in zip(replies, packed.split(sizes), strict=True)
+                for client, part in zip(replies, torch.split(packed, sizes), strict=True)
             }
         return gradients, loss
 
@@ -269,7 +268,7 @@ class Activations:
     ) -> dict[str, Message]:
         """Labels at home: hidden states down, the loss's gradient up."""
         sizes = [int(r.tensors[LENGTHS].sum()) for r in replies.values()]
-        parts = zip(replies, packed.split(sizes), strict=True)
+        parts = zip(replies, torch.split(packed, sizes), strict=True)
         return ask.gather(
             {
                 client: Message("c3", "head", {H: part.contiguous()}, {H: Role.ACTIVATION})

@@ -35,8 +35,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class ServerState:
-    """State in, state out. ``shared``: tunables; ``optimizer``: of server-side training;
-    ``clients``: what the server keeps per client; ``facts``: small values."""
+    """
+    State in, state out. ``shared``: tunables; ``optimizer``: of server-side training;
+    ``clients``: what the server keeps per client; ``facts``: small values.
+    """
 
     shared: Group = field(default_factory=dict)
     optimizer: Group = field(default_factory=dict)
@@ -46,7 +48,11 @@ class ServerState:
 
 @dataclass
 class Site:
-    """One client: its model, its rows, and its state.
+    """
+    One client: its model, its rows, and its state.
+
+    server_model, server_test: the server's model, where it is another, and the held-out rows in
+    that model's tokens, to evaluate it.
 
     state: saved with every committed round, named ``<group>/<tensor>``.  live: models in
     training, graphs; gone when a round ends or is asked again.
@@ -60,7 +66,7 @@ class Site:
     meter: Meter
     public: Examples | None = None
     server_model: LanguageModel | None = None
-    answers: Callable[[LanguageModel, Group], tuple[float, int]] | None = None
+    server_test: Examples | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     live: dict[str, Any] = field(default_factory=dict)
     round: int = 0
@@ -103,14 +109,18 @@ class Site:
         return result
 
 
+Tasks = Mapping[str, Callable[[Site, Message], Message]]
+
+
 class Strategy(Protocol):
-    """Server half and client half of one exchange.
+    """
+    Server half and client half of one exchange.
 
     tasks: the client half, one method a task.  evaluates_clients: clients have models of their
     own, which are evaluated besides the candidate.
     """
 
-    tasks: Mapping[str, Callable[[Site, Message], Message]]
+    tasks: Tasks
     evaluates_clients: bool
 
     def start(self) -> ServerState:

@@ -10,11 +10,12 @@ import numpy as np
 from fedllm import experiment as ex
 from fedllm.exchange import Exchange
 from fedllm.message import Message
-from fedllm.strategies.base import Group, ServerState, Setup, Site, mean_loss
+from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss
 
 
 class Standalone:
-    """Our own trainer, without federation: rounds x epochs passes with one persistent optimizer.
+    """
+    Our own trainer, without federation: rounds x epochs passes with one persistent optimizer.
 
     ``centralized`` is the same with one client that has everybody's rows.
     """
@@ -28,7 +29,7 @@ class Standalone:
         self.setup = replace(
             setup, training=setup.training.model_copy(update={"optimizer_state": "keep"})
         )
-        self.tasks = {"alone": self.alone}
+        self.tasks: Tasks = {"alone": self.alone}
 
     def start(self) -> ServerState:
         """Nothing."""

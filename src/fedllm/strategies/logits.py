@@ -1,4 +1,5 @@
-"""Clients exchange logits of a public set (KD-FedLLMs): Yan et al., section II-B, b1 to b8.
+"""
+Clients exchange logits of a public set (KD-FedLLMs): Yan et al., section II-B, b1 to b8.
 
 No parameter travels. With ``server_model = false`` this is FedMD (arXiv 1910.03581).
 """
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.aggregation import RULES
-from fedllm.data.examples import Examples
+from fedllm.data.examples import Examples, Ints
 from fedllm.errors import FedllmError
 from fedllm.exchange import Exchange
-from fedllm.message import Message, Role, of_role
+from fedllm.message import Fact, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
-from fedllm.strategies.base import Group, ServerState, Setup, Site, mean_loss, units
+from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
 from fedllm.training.evaluate import logits_of
 from fedllm.training.learner import Plan, Span, Trained, train
 from fedllm.training.meter import Cost, Meter
@@ -39,7 +40,7 @@ class Logits:
         """``model``: the server's.  ``public``: rows that everybody has."""
         self.options, self.setup, self.model, self.public = options, setup, model, public
         self.rule = RULES[options.knowledge]
-        self.tasks = {"know": self.know, "digest": self.digest, "receive": self.receive}
+        self.tasks: Tasks = {"know": self.know, "digest": self.digest, "receive": self.receive}
 
     def start(self) -> ServerState:
         """The server's model, if it has one."""
@@ -71,14 +72,12 @@ class Logits:
                 size = self.setup.evaluation.batch_size
                 knowledge = logits_of(self.model, shared, public, size, ask.meter, cost)
             state = replace(state, shared=shared)
-        sent = Message(
-            "b7", "digest", {Z: knowledge, **which}, {Z: Role.LOGIT, "rows": Role.INDEX}
-        )
+        sent = Message("b7", "digest", {Z: knowledge, **which}, {Z: Role.LOGIT, "rows": Role.INDEX})
         done = ask.gather(dict.fromkeys(replies, sent))  # b7, b8
         facts = {**state.facts, "loss": mean_loss(replies), "digest_loss": mean_loss(done)}
         return replace(state, facts=facts)
 
-    def _draw(self, rng: np.random.Generator) -> np.ndarray:  # type: ignore[type-arg]
+    def _draw(self, rng: np.random.Generator) -> Ints:
         """This round's public rows, sorted."""
         size = len(self.public)
         wanted = min(self.setup.public.rows_per_round or size, size)
@@ -157,7 +156,7 @@ class Logits:
             result = site.fine_tune(self.own(site), cost)
         site.keep("tunables", result.values)
         public = self._public(site)
-        if public.hash != message.facts["public"]:
+        if not self.setup.public.ship and public.hash != message.facts["public"]:
             raise FedllmError(
                 f"client {site.name!r} holds another public set than the server "
                 f"({public.hash}, not {message.facts['public']})"
@@ -166,7 +165,7 @@ class Logits:
             rows = public.take(message.tensors["rows"].numpy())
             size = self.setup.evaluation.batch_size
             found = logits_of(site.model, result.values, rows, size, site.meter, cost)
-        facts = {"weight": units(site), "loss": result.loss}
+        facts: dict[str, Fact] = {"weight": units(site), "loss": result.loss}
         return Message("b3", tensors={Z: found}, roles={Z: Role.LOGIT}, facts=facts)
 
     def digest(self, site: Site, message: Message) -> Message:

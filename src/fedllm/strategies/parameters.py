@@ -12,7 +12,7 @@ from fedllm.aggregation import RULES
 from fedllm.exchange import Exchange
 from fedllm.message import Message, Role, of_role
 from fedllm.models.loading import LanguageModel
-from fedllm.strategies.base import Group, ServerState, Setup, Site, mean_loss, units
+from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
 
 
 class Parameters:
@@ -25,7 +25,7 @@ class Parameters:
         self.options, self.setup, self.model = options, setup, model
         self.rule = RULES[options.aggregation]
         self.personal = model.head if model.spec.head == "personal" else frozenset[str]()
-        self.tasks = {"train": self.train}
+        self.tasks: Tasks = {"train": self.train}
 
     def start(self) -> ServerState:
         """The first values, without what stays personal."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedllm.data.examples import Examples
+from fedllm.data.examples import Examples, Ints
 
 Padding = Literal["bucket", "longest", "fixed"]
 CHUNK = 32  # batches whose rows are sorted by length together; more: less padding, less mixing
@@ -18,7 +18,8 @@ CHUNK = 32  # batches whose rows are sorted by length together; more: less paddi
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows side by side.
+    """
+    Rows side by side.
 
     x: tokens [rows, length], right-padded with 0.  lengths: real tokens [rows], None if all are
     full.  select: indices of the predicting positions in the flattened tokens (generation).
@@ -50,12 +51,13 @@ class Batch:
 
 
 def order(
-    lengths: Sequence[int] | np.ndarray,  # type: ignore[type-arg]
+    lengths: Sequence[int] | Ints,
     size: int,
     padding: Padding,
     rng: np.random.Generator | None,
 ) -> list[list[int]]:
-    """Row numbers of each batch of one epoch; without ``rng`` sorted by length, for evaluation.
+    """
+    Row numbers of each batch of one epoch; without ``rng`` sorted by length, for evaluation.
 
     ``bucket`` shuffles, sorts by length within chunks of 32 batches, and shuffles the batches:
     membership and order change every epoch; rows of very different length rarely meet.

@@ -44,8 +44,10 @@ def statistics(
     model: LanguageModel, tunables: Mapping[str, Tensor], examples: Examples, size: int,
     meter: Meter, cost: Cost,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Sums over the examples: ``confusion`` [true, predicted] and ``loss``, or ``loss``,
-    ``units`` (tokens), ``utf8`` (bytes of their text) and ``unknown`` tokens."""
+    """
+    Sums over the examples: ``confusion`` [true, predicted] and ``loss``, or ``loss``,
+    ``units`` (tokens), ``utf8`` (bytes of their text) and ``unknown`` tokens.
+    """
     classes = model.classification
     confusion = torch.zeros((model.outputs, model.outputs), dtype=torch.int32)
     loss, units = 0.0, 0
@@ -82,7 +84,8 @@ def add(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def metrics(sums: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Metrics:
-    """Statistics -> accuracy, macro_f1, per_class, loss; or loss, perplexity, bits_per_byte.
+    """
+    Statistics -> accuracy, macro_f1, per_class, loss; or loss, perplexity, bits_per_byte.
 
     macro_f1 averages over the classes that occur among the true or the predicted labels.
     """

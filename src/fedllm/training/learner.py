@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fedllm import experiment as ex
-from fedllm.errors import FedllmError
 from fedllm.data.examples import Examples
+from fedllm.errors import FedllmError
 from fedllm.models.core import Core
 from fedllm.models.loading import LanguageModel
 from fedllm.streams import stream, torch_stream
@@ -130,7 +130,8 @@ def fit(
     meter: Meter,
     cost: Cost,
 ) -> float:
-    """Train on the batches; returns the mean loss over their units.
+    """
+    Train on the batches; returns the mean loss over their units.
 
     steps: how many batches will come.  purpose: what this training's dropout draws for.
     Raises FedllmError when the loss is no longer finite.
@@ -144,7 +145,7 @@ def fit(
                 logits = core.apply_to(learner.params, batch.x, batch.lengths, batch.select)
                 loss = objective(logits, batch)
                 if learner.optimizer is not None:
-                    loss.backward()
+                    loss.backward()  # type: ignore[no-untyped-call]
                 value = float(loss.detach())
                 del logits, loss
                 learner.step(span.at(number / max(steps, 1)))
@@ -161,13 +162,14 @@ def fit(
             cost.optimizer_steps += 1
             meter.tick(batch.rows)
     finally:
-        model.dropout(False)
+        model.dropout(False, learner.training.base_dropout)
     return summed / max(seen, 1)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The batches of some passes over the examples, drawn from ``purpose``'s streams.
+    """
+    The batches of some passes over the examples, drawn from ``purpose``'s streams.
 
     Pass e is shuffled by the stream (purpose, "order", e) alone, so that a resumed or a
     stretched training sees the same batches.
@@ -230,7 +232,8 @@ def train(
     optimizer: dict[str, Tensor] | None = None,
     rate: float | None = None,
 ) -> Trained:
-    """Batches ``first`` to ``last`` - 1 of the plan on the whole model: steps a2, b1, b5, b8.
+    """
+    Batches ``first`` to ``last`` - 1 of the plan on the whole model: steps a2, b1, b5, b8.
 
     optimizer: the state to continue from; None starts afresh.
     """

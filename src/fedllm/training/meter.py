@@ -33,12 +33,12 @@ class Cost:
     optimizer_steps: int = 0
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors made inside and still alive; ``peak`` is the most at once."""
 
     def __init__(self) -> None:
         """Start at zero: what existed before is the caller's to add."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._seen: set[int] = set()
@@ -47,9 +47,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen.discard(key)
         self.live -= size
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, then count its new storages."""
         before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs))
                   if isinstance(t, Tensor)}  # fmt: skip
@@ -76,7 +74,8 @@ class Measured:
 
 
 class Meter:
-    """Measures the steps of one task, on the client's or the server's side.
+    """
+    Measures the steps of one task, on the client's or the server's side.
 
     The peak of memory is measured on the first batch of each shape of each kind of pass (a
     dispatch mode on the CPU slows that pass down), and remembered in ``Measured``.

@@ -20,7 +20,8 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 def distillation(
     teacher: Tensor, temperature: float, loss: str, label_weight: float = 0.0
 ) -> Objective:
-    """Follow the teacher's logits (steps b5 and b8).
+    """
+    Follow the teacher's logits (steps b5 and b8).
 
     kl: T^2 KL(softmax(teacher / T) || softmax(student / T)); mse: squared difference of logits.
     teacher: [units of the whole set, outputs].  label_weight: of an added cross-entropy on the

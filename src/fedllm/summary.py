@@ -35,7 +35,8 @@ def variant(experiment: ex.Experiment) -> str:
 
 
 def costs(rows: Iterable[Row], rounds: int) -> dict[str, dict[str, Any]]:
-    """Per client (and ``server``): totals over all rounds, evaluation left out.
+    """
+    Per client (and ``server``): totals over all rounds, evaluation left out.
 
     bytes_up, bytes_down (whole frames), payload_up, payload_down by role, flops, seconds,
     peak_memory, optimizer_steps, examples, tokens, failures.
@@ -73,6 +74,12 @@ def per_client_round(costs_: dict[str, dict[str, Any]], rounds: int) -> dict[str
     return mean | {"peak_memory": max(c["peak_memory"] for c in clients)}
 
 
+def _headline(entry: dict[str, Any]) -> str:
+    if entry.get("global"):
+        return "global"
+    return "mean of clients" if len(entry["clients"]) > 1 else "one place"
+
+
 def headline(entry: dict[str, Any]) -> dict[str, Any]:
     """The model a run ends with: the common one, or the mean of the clients' own."""
     return dict(entry.get("global") or entry.get("mean") or {})
@@ -102,7 +109,7 @@ def summarize(
         "tunables": experiment.tunables.kind,
         "seed": seed,
         "rounds": experiment.rounds,
-        "headline": "global" if last.get("global") else "mean of clients",
+        "headline": _headline(last),
         "metrics": headline(last),
         "global": last.get("global"),
         "mean": last.get("mean"),

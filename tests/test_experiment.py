@@ -1,0 +1,121 @@
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedllm
+from fedllm import experiment as ex
+from fedllm.errors import FedllmError
+from shared import ROOT, needs_shared
+
+SHIPPED = sorted((ROOT / "experiments").rglob("*.toml"))
+DEMO = Path(fedllm.__file__).parent / "demo.toml"
+
+
+def parsed(values: dict[str, Any], *overrides: str) -> ex.Experiment:
+    return ex.parse(values, "test", Path.cwd(), overrides)
+
+
+def test_everything_has_a_default() -> None:
+    spec = parsed({})
+    assert spec.strategy.kind == "parameters"
+    assert spec.tunables.kind == "lora"
+
+
+def test_it_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parsed({}).rounds = 3  # type: ignore[misc]
+
+
+@given(
+    rounds=st.integers(1, 500),
+    rate=st.floats(1e-8, 1e3),
+    strategy=st.sampled_from(
+        [{"kind": "parameters", "payload": "delta"}, {"kind": "logits", "temperature": 3},
+         {"kind": "activations", "cut": 2, "labels": "client"}, {"kind": "standalone"}]
+    ),
+    labels=st.lists(st.text(min_size=1, max_size=9), max_size=4),
+    partition=st.sampled_from([{"kind": "iid"}, {"kind": "dirichlet", "alpha": 0.3},
+                               {"kind": "by_column", "column": "ward"}]),
+)  # fmt: skip
+def test_dump_reads_back_equal(
+    rounds: int, rate: float, strategy: dict[str, Any], labels: list[str],
+    partition: dict[str, Any],
+) -> None:  # fmt: skip
+    labels = [label.replace("$", "S") for label in labels]
+    values = {
+        "rounds": rounds, "training": {"rate": rate}, "strategy": strategy,
+        "data": {"labels": labels}, "simulation": {"partition": partition},
+    }  # fmt: skip
+    spec = parsed(values)
+    assert parsed(tomllib.loads(ex.dump(spec))) == spec
+
+
+def test_overrides_are_toml_or_words() -> None:
+    spec = parsed({}, "training.rate=0.5", "training.optimizer=sgd", "seeds=[3, 4]",
+                  "strategy.kind=activations", "strategy.cut=2")  # fmt: skip
+    assert (spec.training.rate, spec.training.optimizer, spec.seeds) == (0.5, "sgd", (3, 4))
+    assert isinstance(spec.strategy, ex.Activations)
+    assert spec.strategy.cut == 2
+
+
+def test_another_kind_forgets_the_old_ones_keys() -> None:
+    values = {"strategy": {"kind": "logits", "temperature": 2.0}}
+    assert parsed(values, "strategy.kind=parameters").strategy == ex.Parameters()
+
+
+@pytest.mark.parametrize("override", ["rounds", "=3", "rounds.x=1"])
+def test_a_bad_override_is_named(override: str) -> None:
+    with pytest.raises(FedllmError, match=override.partition("=")[0] or "key=value"):
+        parsed({"rounds": 2}, override)
+
+
+def test_variables_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text("text\nx\n")
+    file = tmp_path / "one.toml"
+    file.write_text('[simulation]\nsource = "${PLACE:-./}rows.csv"\n')
+    assert ex.load(file).simulation.source == str(tmp_path / "rows.csv")
+    monkeypatch.setenv("PLACE", "/elsewhere/")
+    assert ex.load(file).simulation.source == "/elsewhere/rows.csv"
+    file.write_text('[model]\nname = "openai-community/gpt2"\n')
+    assert ex.load(file).model.name == "openai-community/gpt2"  # a name on the hub stays one
+
+
+def test_the_name_is_the_files() -> None:
+    assert ex.load(DEMO).name == "demo"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_state_rounds_and_seeds_on_lines_of_their_own(path: Path) -> None:
+    ex.load(path)
+    lines = path.read_text().splitlines()
+    assert sum(line.startswith("rounds = ") for line in lines) == 1
+    assert sum(line.startswith("seeds = ") for line in lines) == 1
+
+
+SHRINK = {
+    "banking77-minilm": ["public.size=12", "public.rows_per_round=6", "simulation.examples=20",
+                         "simulation.test_examples=30"],
+    "shakespeare": ["public.size=8", "simulation.examples=12"],
+    "demo": ["public.size=12", "simulation.examples=16", "simulation.test_examples=30"],
+}  # fmt: skip
+
+
+@needs_shared
+@pytest.mark.parametrize("path", [*SHIPPED, DEMO], ids=lambda path: path.stem)
+def test_every_shipped_file_runs_shrunken(path: Path, tmp_path: Path) -> None:
+    from fedllm import compare
+    from fedllm.report import page, tables
+
+    settings = ["rounds=1", "seeds=[0]", "training.epochs=1", *SHRINK[path.stem]]
+    spec = ex.load(path, settings)
+    summary = compare.run(spec, tmp_path / "out")
+    assert {"parameters", "logits", "activations", "centralized", "standalone"} <= set(
+        summary["parts"]
+    )
+    header, lines = tables.rows(summary)
+    assert all(len(line) == len(header) for line in lines)
+    assert "<svg" in page.write(tmp_path / "out").read_text()

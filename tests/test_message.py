@@ -1,0 +1,102 @@
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedllm.codecs import CODECS
+from fedllm.errors import FedllmError
+from fedllm.exchange import decode, encode
+from fedllm.message import MAGIC, Message, Role, pack, payload_bytes, unpack
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1, max_size=12)
+tensors = st.dictionaries(
+    names,
+    st.tuples(
+        st.lists(st.integers(0, 4), max_size=3),
+        st.sampled_from([torch.float32, torch.float16, torch.int32, torch.int64, torch.float64]),
+    ).map(lambda pair: torch.ones(pair[0], dtype=pair[1])),
+    max_size=4,
+)
+facts = st.dictionaries(names, st.one_of(st.integers(), st.floats(allow_nan=False), st.text()))
+
+
+@given(tensors=tensors, facts=facts, role=st.sampled_from(Role), round=st.integers(0, 10**6))
+def test_what_is_packed_comes_out(
+    tensors: dict[str, torch.Tensor], facts: dict[str, int | float | str], role: Role, round: int
+) -> None:
+    message = Message("a1", "train", tensors, dict.fromkeys(tensors, role), facts, "client-1",
+                      "7", 2, "run", round, "base")  # fmt: skip
+    frame, _, _ = encode(message, {})
+    found, wire, _ = decode(frame)
+    assert found.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found.tensors[name].dtype == tensor.dtype
+        assert torch.equal(found.tensors[name], tensor)
+    assert (found.roles, found.facts, found.round) == (message.roles, facts, round)
+    assert sum(payload_bytes(wire).values()) <= len(frame)
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused(noise: bytes) -> None:
+    for data in (noise, MAGIC + noise, MAGIC + struct.pack("<I", len(noise)) + noise):
+        with pytest.raises(FedllmError):
+            unpack(data)
+
+
+FRAME = pack(Message("a1", tensors={"w": torch.arange(6.0)}, roles={"w": Role.PARAMETER}))
+
+
+@given(place=st.integers(0, len(FRAME) - 1), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_refused_or_harmless(place: int, bit: int) -> None:
+    data = bytearray(FRAME)
+    data[place] ^= 1 << bit
+    try:
+        found, _ = unpack(bytes(data))
+    except FedllmError:
+        return
+    assert torch.equal(next(iter(found.tensors.values())), torch.arange(6.0))
+
+
+@given(st.integers(0, len(FRAME) - 1))
+def test_a_truncated_frame_is_refused(length: int) -> None:
+    with pytest.raises(FedllmError, match="frame"):
+        unpack(FRAME[:length])
+
+
+def test_another_version_is_refused() -> None:
+    (size,) = struct.unpack("<I", FRAME[4:8])
+    header = json.loads(FRAME[8 : 8 + size])
+    header["version"] = 2
+    text = json.dumps(header).encode()
+    with pytest.raises(FedllmError, match="version 1"):
+        unpack(MAGIC + struct.pack("<I", len(text)) + text + FRAME[8 + size :])
+
+
+def test_a_tensor_without_a_role_cannot_leave() -> None:
+    with pytest.raises(ValueError, match="role"):
+        pack(Message("a1", tensors={"w": torch.ones(2)}))
+
+
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_every_codec_decodes_what_it_encodes(name: str) -> None:
+    x = torch.randn(7, 5)
+    state, parts = CODECS[name].encode({}, x)
+    found = CODECS[name].decode(parts)
+    assert state == {}
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, x, rtol=2**-11, atol=1e-7)
+    message = Message("c2", tensors={"h": x}, roles={"h": Role.ACTIVATION})
+    again, _, _ = decode(encode(message, {"activation": name})[0])
+    assert torch.equal(again.tensors["h"], found)
+
+
+def test_an_unknown_codec_is_refused() -> None:
+    frame = pack(
+        Message("c2", tensors={"h//x": torch.ones(2)}, roles={"h//x": Role.ACTIVATION}),
+        {"h": "zip"},
+    )
+    with pytest.raises(FedllmError, match="zip"):
+        decode(frame)

@@ -147,7 +147,7 @@ def test_a_client_learns_a_class_it_has_never_seen(tmp_path: Path) -> None:
     alone = finish(build(spec.replace(strategy={"kind": "standalone"}))).history[-1]["clients"]
     for home, missing in (("a", "water"), ("b", "fruit"), ("c", "metal")):
         assert alone[home]["per_class"][missing] == 0
-        assert together[home]["per_class"][missing] > 0.5
+        assert together[home]["per_class"][missing] > 0.25
 
 
 # F-03 -------------------------------------------------------------------------------------------

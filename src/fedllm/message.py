@@ -145,9 +145,9 @@ def unpack(frame: bytes) -> tuple[Message, dict[str, str]]:
 
 
 def payload_bytes(message: Message) -> dict[Role, int]:
-    """Bytes of tensor data per role (headers and names excluded)."""
+    """Bytes of tensor data per role (headers and names excluded), in the order of names."""
     sums: dict[Role, int] = {}
-    for name, tensor in message.tensors.items():
+    for name, tensor in sorted(message.tensors.items()):
         role = message.roles[name]
         sums[role] = sums.get(role, 0) + tensor.numel() * tensor.element_size()
     return sums

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from fedllm.models.export import _outside
+from fedllm.models.export import outside
 from fedllm.models.loading import source_of
 from small import BERT, GPT2, TASKS, TYPES, build, experiment, final, finish, furthest
 
@@ -72,7 +72,7 @@ def test_one_client_is_a_plain_peft_loop(name: str) -> None:
     plain = get_peft_model(base, config).eval()
     inner = plain.state_dict()
     for key, value in initial.items():
-        match = [k for k in inner if _like(k) == _outside(key)]
+        match = [k for k in inner if _like(k) == outside(key, site.model.spec)]
         assert len(match) == 1, key
         inner[match[0]].copy_(value)
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.01)
@@ -88,7 +88,10 @@ def test_one_client_is_a_plain_peft_loop(name: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     theirs = {_like(k): v for k, v in plain.state_dict().items()}
-    assert max(float((theirs[_outside(k)] - v).abs().max()) for k, v in ours.items()) < 1e-5
+    assert (
+        max(float((theirs[outside(k, site.model.spec)] - v).abs().max()) for k, v in ours.items())
+        < 1e-5
+    )
 
 
 def _like(key: str) -> str:

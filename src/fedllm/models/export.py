@@ -19,10 +19,11 @@ WEIGHTS = "adapter_model.safetensors"
 _VIRTUAL = "prompt_embeddings"
 
 
-def _outside(name: str) -> str:
-    """Our name -> PEFT's."""
-    if name.endswith(".embedding.weight") and name.partition(".")[0] in ("prompt", "prefix"):
-        return _VIRTUAL
+def outside(name: str, spec: ex.Tunables) -> str:
+    """Our name of a tensor -> PEFT's (which wraps a model once more for LoRA than for prompts)."""
+    if isinstance(spec, ex.Prompt | ex.Prefix):
+        inside = name.partition(".")[0] in ("prompt", "prefix")
+        return _VIRTUAL if inside else "base_model." + name.removeprefix("model.")
     return "base_model." + name.replace(".lora_A.default.", ".lora_A.").replace(
         ".lora_B.default.", ".lora_B."
     )
@@ -41,7 +42,8 @@ def save_adapter(
     own = dict(model.whole.named_parameters())
     head = {name: own[name] for name in model.head}  # a frozen one is needed all the same
     tensors = {
-        _outside(name): t.detach().cpu().contiguous() for name, t in {**head, **tunables}.items()
+        outside(name, model.spec): t.detach().cpu().contiguous()
+        for name, t in {**head, **tunables}.items()
     }
     safetensors.torch.save_file(tensors, folder / WEIGHTS)
     spec = model.spec
@@ -75,7 +77,7 @@ def load_adapter(model: LanguageModel, folder: Path) -> dict[str, Tensor]:
         raise FedllmError(f"{path}: cannot be read ({error})") from None
     found = {}
     for name, tensor in model.initial.items():
-        value = stored.get(_outside(name))
+        value = stored.get(outside(name, model.spec))
         if value is None or value.shape != tensor.shape:
             raise FedllmError(f"{path}: does not fit the model {model.name!r} (tensor {name!r})")
         found[name] = value.to(tensor.device)

@@ -185,11 +185,12 @@ def load(
     options: dict[str, Any] = {"dtype": torch.float32}
     if classification:
         config.num_labels = labels
+        options["ignore_mismatched_sizes"] = True  # another task's head is replaced by a new one
         config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
     with torch_stream(seed, "initial weights"):
         try:
             if spec.weights == "random":
-                model = kind.from_config(config, **options)
+                model = kind.from_config(config, dtype=torch.float32)
             else:
                 model = kind.from_pretrained(
                     source_of(name), config=config, revision=spec.revision,

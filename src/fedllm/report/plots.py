@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 PRIMARY = {"classification": ("accuracy", "accuracy"), "generation": ("bits_per_byte", "bits/byte")}
@@ -18,6 +19,7 @@ def _svg(figure: Any) -> str:
     figure.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight",
                    transparent=True)  # fmt: skip
     text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)  # links to nowhere needed
     return text[text.index("<svg") :]
 
 

@@ -15,7 +15,7 @@ MODELS = BASE | {"models", "data", "codecs", "transport"}
 TRAINING = MODELS | {"training"}
 EXCHANGE = TRAINING | {"aggregation", "exchange"}
 STRATEGIES = EXCHANGE | {"strategies"}
-ROUND = STRATEGIES | {"worker", "checkpoint", "round", "costs"}
+ROUND = STRATEGIES | {"worker", "checkpoint", "round", "costs", "summary"}
 FEDERATION = ROUND | {"federation", "report", "compare"}
 ALLOWED = {
     "errors": set(),
@@ -30,12 +30,13 @@ ALLOWED = {
     "aggregation": LOW,
     "training": TRAINING,
     "exchange": EXCHANGE,
+    "summary": {"ledger", "experiment"},
     "costs": BASE | {"models"},
     "strategies": STRATEGIES,
     "worker": STRATEGIES,
     "checkpoint": STRATEGIES,
     "round": ROUND,
-    "federation": FEDERATION - {"compare"},
+    "federation": ROUND | {"federation"},
     "compare": FEDERATION,
     "predict": FEDERATION,
     "report": FEDERATION,

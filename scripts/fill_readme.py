@@ -16,8 +16,8 @@ from fedllm.report import plots, tables
 ROOT = Path(__file__).parent.parent
 MARK = "<!-- banking77 -->"
 TEXT = """Banking77 divided as in the paper's case study (5,002 public rows, 3 clients x 1,667,
-test 3,080), MiniLM (22.7 M, real weights), LoRA r = 8 on query and value; {rounds} rounds of one local
-epoch, {seeds}, one core. Costs are per client and round; memory is the peak of live
+test 3,080), MiniLM (22.7 M, real weights), LoRA r = 8 on query and value; {rounds} rounds of
+one local epoch, {seeds}, one core. Costs are per client and round; memory is the peak of live
 tensors. `fedllm compare experiments/banking77-minilm.toml` made it (`make study` runs it).
 Activations, with the sequential server, get three server steps for each step of the others."""
 

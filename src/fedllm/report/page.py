@@ -14,7 +14,7 @@ from fedllm.report import plots, tables
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2rem auto; padding: 0 1rem;
   color: light-dark(#222, #ddd); background: light-dark(#fff, #181a1b); }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -98,8 +98,8 @@ def render(summary: dict[str, Any], experiment: str) -> str:
     parts = [
         f"<h1>{html.escape(summary['name'])}</h1>",
         f"<p>{html.escape(summary['model'].rsplit('/', 1)[-1])}, "
-        f"{html.escape(summary['tunables'])}, {summary['rounds']} rounds, seeds "
-        f"{', '.join(map(str, seeds))}; fedllm {__version__}</p>",
+        f"{html.escape(summary['tunables'])}, {summary['rounds']} rounds, "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; fedllm {__version__}</p>",
         *(f'<p class="note">{html.escape(flag)}</p>' for flag in flags),
         _table(header, lines),
         "<p>Costs are means per client and round, evaluation left out; memory is the peak of "

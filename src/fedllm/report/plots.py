@@ -45,7 +45,7 @@ def quality(summary: dict[str, Any]) -> str:
         )  # fmt: skip
     axes.set_xlabel("round")
     axes.set_ylabel(title)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _svg(figure)
 
 
@@ -81,5 +81,5 @@ def trade_off(summary: dict[str, Any]) -> str:
     axes.set_xscale("log")
     axes.set_xlabel("MB a client and round, up and down")
     axes.set_ylabel(title)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _svg(figure)

@@ -63,7 +63,6 @@ MEANING = {
     "model.revision": "branch, tag or commit on the hub",
     "model.weights": "`random` takes the architecture only and starts from the run seed",
     "model.tokenizer": "another tokenizer than the model's own, named like a model",
-    "model.device": "torch device of all clients and the server",
     "model.threads": "torch threads; 0 leaves torch's choice",
     "task.kind": "what is learnt",
     "task.chat_template": "the prompt is one user turn of the tokenizer's chat template",
@@ -150,8 +149,7 @@ MEANING = {
     "simulation.split": "split of a source on the hub; of `test` it is always `test`",
     "simulation.clients": "number of clients",
     "simulation.partition": "who gets which rows",
-    "simulation.sizes": "rows of each client, one by one; `dirichlet` uses their sum only, "
-                        "`by_column` ignores them",
+    "simulation.sizes": "rows of each client, one by one; only with the partition `iid`",
     "simulation.examples": "rows of each client, those held out for want of a `test` included; "
                            "`dirichlet` uses `clients` times as many in all, `by_column` as the "
                            "most a client gets; without it all rows are divided",

@@ -52,10 +52,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def plain(rows: list[Row]) -> list[dict[str, Any]]:
-    """Rows without what differs between two runs of the same thing: seconds, and their digits."""
+    """Rows without what differs between two runs of the same thing."""
     return [
-        {k: v for k, v in vars(row).items() if k not in ("seconds", "wire_bytes", "peak_memory")}
-        for row in rows
+        {k: v for k, v in vars(row).items() if k not in ("seconds", "peak_memory")} for row in rows
     ]
 
 
@@ -86,7 +85,7 @@ def test_a_killed_process_leaves_a_resumable_run(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.csv", 60)
     (tmp_path / "one.toml").write_text(BASE)
     command = [sys.executable, "-m", "fedllm.cli", "run", "one.toml", "--quiet", "--out", "out",
-               "--set", "rounds=60", "--set", "evaluation.every=0"]  # fmt: skip
+               "--set", "rounds=12", "--set", "evaluation.every=0"]  # fmt: skip
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
     checkpoints = tmp_path / "out" / "checkpoints"
     while process.poll() is None and not list(checkpoints.glob("round-*")):
@@ -98,8 +97,8 @@ def test_a_killed_process_leaves_a_resumable_run(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [entry["round"] for entry in summary["history"]] == list(range(1, 61))
-    assert {row.round for row in read(tmp_path / "out" / "ledger.jsonl")} == set(range(1, 61))
+    assert [entry["round"] for entry in summary["history"]] == list(range(1, 13))
+    assert {row.round for row in read(tmp_path / "out" / "ledger.jsonl")} == set(range(1, 13))
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
@@ -110,8 +109,15 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list((tmp_path / "out").glob("checkpoints/round-*")):
         pass
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    for _ in range(120):  # Python drops a Ctrl-C that meets a finalizer
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=1)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    assert process.stderr is not None
+    error = process.stderr.read()
     assert process.returncode == 130
     assert "--resume" in error
     assert "Traceback" not in error
@@ -143,7 +149,8 @@ def test_seconds_of_the_steps_sum_to_the_time_of_the_run(tmp_path: Path) -> None
     start = time.perf_counter()
     federation.run(spec, 0, tmp_path / "run")
     wall = time.perf_counter() - start
-    assert 0 < total(read(tmp_path / "run" / "ledger.jsonl"), "seconds") < wall
+    counted = total(read(tmp_path / "run" / "ledger.jsonl"), "seconds")
+    assert 0.2 * wall < counted < wall  # loading and counting operations take the rest
 
 
 def test_a_killed_comparison_repeats_nothing_finished(tmp_path: Path) -> None:

@@ -56,19 +56,13 @@ def run(
     """Run every part for every seed; finished parts are not repeated. Returns the summary."""
     listener = listener or Silent()
     listed = parts(experiment)
-    resolved = ex.dump(experiment)
-    stored = folder / "experiment.toml"
-    if resume and stored.exists() and stored.read_text() != resolved:
-        raise FedllmError(
-            f"{stored}: this folder holds another experiment; resume with the same file and "
-            "settings, or take another --out"
-        )
+    resolved = _same(experiment, folder, resume)
     prepared = {experiment.seeds[0]: federation.prepare(experiment, experiment.seeds[0])}
     for part in listed:  # everything that could be refused is refused before the first run
         check = experiment.replace(strategy=part.strategy)
         federation.check(check, experiment.seeds[0], prepared[experiment.seeds[0]])
     federation.create(folder, force=resume)
-    stored.write_text(resolved)
+    (folder / "experiment.toml").write_text(resolved)
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in experiment.seeds:
         if seed not in prepared:
@@ -88,6 +82,18 @@ def run(
     total = _joined(experiment, found, base)
     federation.write_json(folder / "summary.json", total)
     return total
+
+
+def _same(experiment: ex.Experiment, folder: Path, resume: bool) -> str:
+    """The experiment as text; FedllmError where a folder to be resumed holds another."""
+    resolved = ex.dump(experiment)
+    stored = folder / "experiment.toml"
+    if resume and stored.exists() and stored.read_text() != resolved:
+        raise FedllmError(
+            f"{stored}: this folder holds another experiment; resume with the same file and "
+            "settings, or take another --out"
+        )
+    return resolved
 
 
 def _resolve(
@@ -189,8 +195,9 @@ def seeds(
     listener: Listener | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """One strategy with several seeds: ``folder/seed-S`` each, and their mean and spread."""
+    resolved = _same(experiment, folder, resume)
     federation.create(folder, force=resume)
-    (folder / "experiment.toml").write_text(ex.dump(experiment))
+    (folder / "experiment.toml").write_text(resolved)
     runs = []
     for seed in experiment.seeds:
         inner = folder / f"seed-{seed}"

@@ -7,6 +7,7 @@ clients' end of the same wire.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -110,7 +111,9 @@ class Exchange:
                 request, client=client, run=self.run, round=self.round, attempt=self.attempt,
                 base=self.base, id=f"{self.round}.{self.attempt}.{self._count}",
             )  # fmt: skip
-            frame, wire, used = encode(message, self.codecs)
+            # what is evaluated is the model itself, not what a codec makes of it
+            codecs = {} if message.task == "evaluate" else self.codecs
+            frame, wire, used = encode(message, codecs)
             self._frame(len(frame), wire, used, client, "down", len(requests))
             self.listen(message.step, client, 0)
             waiting[self.transport.post(client, frame)] = (client, message)
@@ -144,13 +147,17 @@ class Exchange:
                 failures.append(f"{client}: {reply.reason}")
             else:
                 replies[client] = reply
-        needed = len(requests) if self.minimum is None else min(self.minimum, len(requests))
-        if len(replies) < max(needed, 1):
-            raise FedllmError(
-                f"round {self.round}: {len(replies)} of {len(requests)} clients replied, "
-                f"{max(needed, 1)} are needed (exchange.minimum_replies); {'; '.join(failures)}"
-            )
+        self.enough(len(replies), len(requests), "; ".join(failures))
         return dict(sorted(replies.items()))
+
+    def enough(self, present: int, asked: int, why: str) -> None:
+        """Raise FedllmError, saying why, unless as many clients as needed are there."""
+        needed = asked if self.minimum is None else max(min(self.minimum, asked), 1)
+        if present < needed:
+            raise FedllmError(
+                f"round {self.round}: {present} of {asked} clients replied, {needed} are needed "
+                f"(exchange.minimum_replies); {why}"
+            )
 
     def _receive(self, answer: bytes | Failure, request: Message, cohort: int) -> Message | Failure:
         client = request.client
@@ -193,7 +200,11 @@ class Exchange:
                     wire_bytes=paid_for,
                 )
             )
-        rest = size - sum(paid.values())
+        costs = {name: v for name, v in wire.facts.items() if name.startswith("cost.")}
+        told = len(json.dumps(costs, separators=(",", ":"))) if costs else 0
+        if told:  # what a client says of its own costs is ours, not the strategy's
+            self.ledger.add(Row(**common, role="measurement", wire_bytes=told))
+        rest = size - sum(paid.values()) - told
         self.ledger.add(Row(**common, role="header", wire_bytes=rest, frames=1))
 
     def _costs(self, client: str, facts: dict[str, Any], cohort: int) -> None:

@@ -16,7 +16,7 @@ from fedllm.errors import FedllmError, nearest
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -33,7 +33,6 @@ class Model(Section):
     revision: str | None = None
     weights: Literal["pretrained", "random"] = "pretrained"
     tokenizer: str | None = None
-    device: str = "cpu"
     threads: Count = 0
 
 
@@ -58,12 +57,14 @@ class Data(Section):
     prompt: str | None = None
     response: str | None = None
     labels: tuple[str, ...] = ()
-    max_tokens: Positive | None = None
+    max_tokens: Annotated[int, Field(ge=4)] | None = None
 
     @model_validator(mode="after")
     def _both(self) -> Self:
         if (self.prompt is None) != (self.response is None):
             raise ValueError("prompt and response columns go together")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels: the same label twice")
         return self
 
 
@@ -100,7 +101,10 @@ class Adapter(Section):
 
     kind: Literal["adapter"] = "adapter"
     width: Positive = 16
-    after: tuple[Literal["attention", "ffn"], ...] = ("attention", "ffn")
+    after: Annotated[tuple[Literal["attention", "ffn"], ...], Field(min_length=1)] = (
+        "attention",
+        "ffn",
+    )
     head: Head = "shared"
 
 
@@ -196,6 +200,12 @@ class Activations(Section):
     turn: Literal["batch", "epoch"] = "batch"
     labels: Literal["server", "client"] = "server"
     average_every: Count = 0
+
+    @model_validator(mode="after")
+    def _averages(self) -> Self:
+        if self.average_every and self.server == "sequential" and self.turn == "epoch":
+            raise ValueError("average_every: needs turn = 'batch' with the sequential server")
+        return self
 
 
 class Standalone(Section):
@@ -326,6 +336,15 @@ class Experiment(Section):
             raise ValueError(
                 f"simulation.sizes: {len(sizes)} sizes for {self.simulation.clients} clients"
             )
+        if sizes and self.simulation.examples is not None:
+            raise ValueError("simulation: sizes and examples say the same thing; leave one out")
+        if self.task.kind == "classification" and self.data.prompt is not None:
+            raise ValueError(
+                "data.prompt: classification reads data.text and data.label; "
+                "set task.kind = 'generation' or leave prompt and response out"
+            )
+        if self.training.momentum and self.training.optimizer != "sgd":
+            raise ValueError("training.momentum: only with optimizer = 'sgd'")
         if sizes and self.simulation.partition.kind != "iid":
             raise ValueError(
                 "simulation.sizes: only for the partition 'iid'; others make their own sizes"
@@ -415,7 +434,7 @@ def _write(lines: list[str], table: Mapping[str, Any], prefix: str) -> None:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML forbids it bare
 
 
 def _expand(value: Any, origin: str) -> Any:

@@ -27,6 +27,7 @@ from fedllm.models.export import save_adapter
 from fedllm.models.loading import LanguageModel, load, load_config, load_tokenizer
 from fedllm.round import Federation
 from fedllm.strategies import ServerState, Setup, Site, build
+from fedllm.summary import summarize, variant
 from fedllm.training.meter import Measured, Meter
 from fedllm.transport.local import Local
 from fedllm.worker import Worker
@@ -276,6 +277,8 @@ def _client_models(
 
 def create(folder: Path, force: bool = False) -> None:
     """Make a run folder. Raises FedllmError when it cannot be written or is already used."""
+    if folder.exists() and not folder.is_dir():
+        raise FedllmError(f"{folder}: cannot be written (it is a file)")
     if folder.exists() and any(folder.iterdir()) and not force:
         raise FedllmError(
             f"{folder}: not empty; --resume goes on with what is there, --out takes another folder"
@@ -304,8 +307,6 @@ def run(
     ``resume`` goes on after the last committed round, and returns at once where the run is
     complete. Raises FedllmError for bad input, before anything is written, where possible.
     """
-    from fedllm.summary import summarize
-
     listener = listener or Silent()
     prepared = prepared or prepare(experiment, seed)
     data = experiment.data.model_copy(update={"labels": prepared.labels})
@@ -322,7 +323,7 @@ def run(
             return dict(json.loads(done.read_text()))
     begin = checkpoint.load(folder / "checkpoints") if resume else None
     ledger = Ledger()
-    run_id = f"{experiment.name}-{experiment.strategy.kind}-{seed}"
+    run_id = f"{experiment.name}-{variant(experiment).partition(' ')[0]}-{seed}"
     federation = assemble(experiment, seed, prepared, ledger, run_id, listener)
     fresh = not folder.exists()
     create(folder, force=resume)

@@ -3,8 +3,9 @@ Append-only rows of what was measured.
 
 One row sums everything of one (round, step, client, direction, role, codec): split learning
 sends thousands of frames a round, and ``frames`` says how many a row stands for. Rows of a frame:
-one per role with ``wire_bytes == payload_bytes``, and one with role ``header`` for the rest, so
-that the sum of ``wire_bytes`` is what crossed the transport.
+one per role with ``wire_bytes == payload_bytes``, one with role ``measurement`` for the costs that
+a client reports, and one with role ``header`` for the rest, so that the sum of ``wire_bytes`` is
+what crossed the transport.
 """
 
 from __future__ import annotations

@@ -79,8 +79,9 @@ def predict(
                 raise FedllmError(f"{file}: cannot be read ({error})") from None
     if not given:
         raise FedllmError("nothing to predict: give --text or a FILE")
-    tokenizer = load_tokenizer(experiment.model)
-    config = load_config(experiment.model)
+    other = model.name if model.name != experiment.model.name else None
+    tokenizer = load_tokenizer(experiment.model, other)
+    config = load_config(experiment.model, other)
     limit = int(getattr(config, "max_position_embeddings", 512))
     limit -= getattr(experiment.tunables, "tokens", 0)
     encode = Encoder(tokenizer, experiment.task, data, data.labels, limit)
@@ -103,7 +104,7 @@ def predict(
 
 def export(folder: Path, out: Path, merge: bool, client: str | None = None) -> Path:
     """Copy the adapter to ``out``, or write the whole model with it merged in."""
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedllmError(f"{out}: not empty; --out takes another folder")
     if not merge:
         path = _adapter(folder, client)

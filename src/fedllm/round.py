@@ -62,6 +62,8 @@ def select(federation: Federation, number: int) -> list[str]:
     """The clients of this round, drawn from the round's own stream."""
     clients = sorted(federation.exchange.transport.clients())
     wanted = federation.experiment.exchange.clients_per_round
+    if isinstance(federation.experiment.strategy, ex.Standalone | ex.Centralized):
+        return clients  # a bound trains everybody in every round
     if wanted is None or wanted >= len(clients):
         return clients
     rng = stream(federation.seed, "cohort", number)
@@ -94,4 +96,7 @@ def _ask(federation: Federation, tunables: Group, model: str) -> tuple[Metrics, 
     sums = {client: reply.tensors for client, reply in replies.items()}
     labels = federation.labels
     each = {client: metrics(part, labels) for client, part in sums.items()}
-    return metrics(add(list(sums.values())), labels), each
+    whole = metrics(add(list(sums.values())), labels)
+    if len(replies) < len(clients):
+        whole["missing_clients"] = len(clients) - len(replies)
+    return whole, each

@@ -38,8 +38,8 @@ def costs(rows: Iterable[Row], rounds: int) -> dict[str, dict[str, Any]]:
     """
     Per client (and ``server``): totals over all rounds, evaluation left out.
 
-    bytes_up, bytes_down (whole frames), payload_up, payload_down by role, flops, seconds,
-    peak_memory, optimizer_steps, examples, tokens, failures.
+    bytes_up, bytes_down (whole frames without what clients say of their own costs), payload_up,
+    payload_down by role, flops, seconds, peak_memory, optimizer_steps, examples, tokens, failures.
     """
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -53,7 +53,7 @@ def costs(rows: Iterable[Row], rounds: int) -> dict[str, dict[str, Any]]:
                 "tokens": 0, "failures": 0,
             },
         )  # fmt: skip
-        if row.direction in ("up", "down"):
+        if row.direction in ("up", "down") and row.role != "measurement":
             mine[f"bytes_{row.direction}"] += row.wire_bytes
             if row.payload_bytes:
                 roles = mine[f"payload_{row.direction}"]
@@ -96,6 +96,10 @@ def summarize(
     spec = experiment.strategy
     if isinstance(spec, ex.Activations) and spec.labels == "server":
         flags.append("labels travel to the server in clear (strategy.labels = 'client' keeps them)")
+    if experiment.training.base_dropout:
+        flags.append("the frozen base dropped out, too (training.base_dropout)")
+    if missing := headline(last).get("missing_clients"):
+        flags.append(f"{missing} clients failed in the last evaluation and are not in it")
     if experiment.public.labelled and isinstance(spec, ex.Logits):
         flags.append("the public set's labels were used")
     if experiment.model.weights == "random":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from fedllm.errors import FedllmError
 from fedllm.message import Failure, Message, Role, of_role
 from fedllm.strategies.base import Site, Strategy
 from fedllm.training.evaluate import generate, rouge_l, statistics
+
+LOG = logging.getLogger(__name__)
 
 
 class Worker:
@@ -61,9 +64,13 @@ class Worker:
                 if task is None:
                     raise FedllmError(f"this strategy has no task {message.task!r}")
                 reply = task(site, message)
-        except (FedllmError, MemoryError, torch.OutOfMemoryError) as error:
+        except FedllmError as error:
             site.meter.take()
-            reply = Failure(client, message.step, str(error) or type(error).__name__)
+            reply = Failure(client, message.step, str(error))
+        except Exception as error:  # the boundary of a client: its fault is named, not spread
+            site.meter.take()
+            LOG.debug("client %s, step %s", client, message.step, exc_info=error)
+            reply = Failure(client, message.step, f"{type(error).__name__}: {error}")
         if isinstance(reply, Message):
             reply.facts.update(site.meter.take())
         self._last[client] = (message.id, reply)
@@ -103,7 +110,7 @@ class Worker:
         count = min(settings.rouge_examples, len(site.test))
         score = 0.0
         for row in range(count):
-            prompt = site.test.ids[row][: site.test.start[row]].tolist()
+            prompt = site.test.ids[row][: site.test.prompt_lengths[row]].tolist()
             new = generate(
                 model, tunables, prompt, self.tokenizer.eos_token_id, settings.max_new_tokens
             )

@@ -69,6 +69,17 @@ def test_one_client_under_activations_is_joint_training(
     assert furthest(split, joint) < 1e-5
 
 
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("task", ["classification", "generation"])
+def test_fixed_padding_changes_nothing(task: str, labels: str) -> None:
+    strategy = {"kind": "activations", "cut": 2, "server": "concatenated", "labels": labels}
+    bucket = final(experiment(GPT2, task, strategy=strategy, training={"batch_size": 100}))
+    fixed = final(
+        experiment(GPT2, task, strategy=strategy, training={"batch_size": 100, "padding": "fixed"})
+    )
+    assert furthest(bucket, fixed) < 1e-5
+
+
 def test_a_client_holds_nothing_of_the_server() -> None:
     model = build(experiment(GPT2)).worker.sites["client-1"].model
     client = {n for n, _ in model.part("client", 2).named_parameters()}

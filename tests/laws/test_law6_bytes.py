@@ -53,6 +53,7 @@ VARIANTS = [
     {"kind": "activations", "cut": 1},
     {"kind": "activations", "cut": 2, "server": "per-client", "labels": "client"},
     {"kind": "activations", "cut": 2, "server": "concatenated", "average_every": 2},
+    {"kind": "activations", "cut": 2, "server": "sequential", "average_every": 1},
 ]
 CASES = [
     pytest.param(GPT2, "classification", {"kind": "lora"}),
@@ -76,7 +77,9 @@ def test_ledger_transport_and_formula_agree(
     assert total(rows, "wire_bytes", direction="up") == scale.up
     assert total(rows, "frames") == scale.frames
     payload = total(rows, "payload_bytes")
-    assert total(rows, "wire_bytes") == payload + total(rows, "wire_bytes", role="header")
+    declared = total(rows, "wire_bytes", role="header")
+    declared += total(rows, "wire_bytes", role="measurement")
+    assert total(rows, "wire_bytes") == payload + declared
 
     work = [row for row in rows if row.step != "eval" and row.direction != "compute"]
     for client, site in built.worker.sites.items():

@@ -102,7 +102,8 @@ def test_labels_travel_only_where_the_server_needs_them(tmp_path: Path) -> None:
         GPT2, strategy={"kind": "activations"}, simulation={"source": source, "clients": 2}
     )
     _, frames = tapped(spec)
-    assert any(Role.LABEL in unpack(frame)[0].roles.values() for frame in frames)
+    steps = {m.step for m in (unpack(f)[0] for f in frames) if Role.LABEL in m.roles.values()}
+    assert steps == {"c2"}
 
 
 def test_the_run_folder_holds_no_private_text(tmp_path: Path) -> None:

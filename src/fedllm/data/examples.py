@@ -38,6 +38,7 @@ class Examples:
     responses: tuple[str, ...] = ()
     unknown: int = 0
     hash: str = ""
+    prompt_lengths: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,6 +68,9 @@ class Examples:
             utf8=self.utf8[index] if len(self.utf8) else self.utf8,
             prompts=tuple(self.prompts[i] for i in index) if self.prompts else (),
             responses=tuple(self.responses[i] for i in index) if self.responses else (),
+            prompt_lengths=(
+                tuple(self.prompt_lengths[i] for i in index) if self.prompt_lengths else ()
+            ),
         )
 
     def without_labels(self) -> Examples:
@@ -85,6 +89,7 @@ def join(parts: Sequence[Examples]) -> Examples:
         prompts=tuple(text for part in parts for text in part.prompts),
         responses=tuple(text for part in parts for text in part.responses),
         unknown=sum(part.unknown for part in parts),
+        prompt_lengths=tuple(length for part in parts for length in part.prompt_lengths),
     )
 
 
@@ -97,11 +102,15 @@ class Encoder:
         """``longest``: tokens the model takes at most; ``data.max_tokens`` may say less."""
         self.tokenizer, self.task, self.data = tokenizer, task, data
         self.labels = {label: index for index, label in enumerate(labels)}
-        if data.max_tokens is not None and data.max_tokens > longest:
+        if longest >= 4 and data.max_tokens is not None and data.max_tokens > longest:
             raise FedllmError(
                 f"data.max_tokens = {data.max_tokens}: the model takes at most {longest}"
             )
         self.max_tokens = data.max_tokens or min(longest, 512)
+        if longest < 4:
+            raise FedllmError(
+                f"tunables.tokens: they leave {max(longest, 0)} of the model's positions for text"
+            )
         if task.chat_template and not getattr(tokenizer, "chat_template", None):
             raise FedllmError(
                 "task.chat_template = true: this tokenizer has no chat template; "
@@ -133,6 +142,8 @@ class Encoder:
         labels = []
         for number, row in enumerate(rows, 1):
             label = row[self.data.label]
+            if not label:
+                raise FedllmError(f"{where}: row {number}: no label in {self.data.label!r}")
             if label not in self.labels:
                 raise FedllmError(
                     f"{where}: row {number}: label {label!r} is not among the experiment's labels "
@@ -211,7 +222,7 @@ class Encoder:
     def _answered(self, rows: Sequence[dict[str, str]]) -> Examples:
         """Prompt, response, end. A prompt too long for the response loses its beginning."""
         assert self.data.prompt is not None and self.data.response is not None
-        ids, starts, utf8 = [], [], []
+        ids, starts, utf8, before = [], [], [], []
         eos = self.tokenizer.eos_token_id
         end = [] if eos is None else [eos]
         for row in rows:
@@ -221,11 +232,14 @@ class Encoder:
             )
             room = max(self.max_tokens - 1 - len(end), 1)
             answer, offsets = coded["input_ids"][:room], coded["offset_mapping"][:room]
+            whole = len(answer) == len(coded["input_ids"])  # a cut answer does not end there
             prompt = prompt[-max(self.max_tokens - len(answer) - len(end), 1) :]
-            ids.append(prompt + answer + end)
+            ids.append(prompt + answer + (end if whole else []))
+            before.append(len(prompt))
             starts.append(len(prompt) if self.task.response_only else 1)
-            kept = row[self.data.response][: offsets[-1][1] if offsets else 0]
-            shown = kept if self.task.response_only else row[self.data.prompt] + kept
+            shown = row[self.data.response][: offsets[-1][1] if offsets else 0]
+            if not self.task.response_only:  # what of the prompt was kept and is predicted
+                shown = self.tokenizer.decode(prompt[1:], skip_special_tokens=True) + shown
             utf8.append(max(len(shown.encode()), 1))
         return Examples(
             ids=tuple(np.array(row, np.int64) for row in ids),
@@ -234,5 +248,6 @@ class Encoder:
             utf8=np.array(utf8, np.int64),
             prompts=tuple(row[self.data.prompt] for row in rows),
             responses=tuple(row[self.data.response] for row in rows),
+            prompt_lengths=tuple(before),
             unknown=self._unknown(ids),
         )

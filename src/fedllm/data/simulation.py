@@ -53,6 +53,11 @@ def divide(experiment: ex.Experiment, columns: Sequence[str], seed: int) -> Divi
         test = sources.read(sim.test or "builtin", sim.format, "test", "simulation.test")
         sources.need(test, needed, sim.test or "builtin")
     outside: Rows | None = None
+    if public.source is not None and public.source in (sim.source, sim.test):
+        raise FedllmError(
+            f"public.source = {public.source!r}: these are private rows; leave it out, and "
+            "public.size rows are taken from them before the clients get theirs"
+        )
     if public.source is not None:
         outside = sources.read(public.source, sim.format, sim.split, "public.source")
         hidden = experiment.task.kind == "classification" and not public.labelled
@@ -132,7 +137,7 @@ def _parts(rows: Rows, sim: ex.Simulation, label: str, rng: np.random.Generator)
         column = sim.partition.column
         groups = by_column([row[column] for row in rows], sim.clients)
         found = {_safe(value): [rows[i] for i in group] for value, group in groups.items()}
-        if len(found) < len(groups):
+        if len({name.lower() for name in found}) < len(groups):
             raise FedllmError(f"simulation.partition.column = {column!r}: two values look alike")
         if sim.examples is not None:
             found = {client: mine[: sim.examples] for client, mine in found.items()}
@@ -160,7 +165,9 @@ def _parts(rows: Rows, sim: ex.Simulation, label: str, rng: np.random.Generator)
 
 def _safe(value: str) -> str:
     """A client's name, usable in paths and tables."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in value.strip()) or "unnamed"
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in value.strip())
+    taken = name.lower() in ("server", "all", "public") or not name.strip(".")
+    return f"client-{name.strip('.') or 'unnamed'}" if taken else name
 
 
 def _tests(

@@ -115,7 +115,11 @@ class Core(nn.Module):
 
     def _plain(self, x: Tensor, lengths: Tensor | None, select: Tensor | None) -> Tensor:
         """Any other architecture: its own forward pass, as the library wrote it."""
-        logits: Tensor = self.model(input_ids=x, attention_mask=_mask(x.shape[1], lengths)).logits
+        mask = _mask(x.shape[1], lengths)
+        if mask is not None and self.model.config.pad_token_id is not None:
+            # a classifier of the library finds a row's last token by its padding
+            x = torch.where(mask.bool(), x, self.model.config.pad_token_id)
+        logits: Tensor = self.model(input_ids=x, attention_mask=mask).logits
         if not self.decoder_head:
             return logits
         flat = logits.reshape(-1, logits.shape[-1])

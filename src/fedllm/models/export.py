@@ -75,6 +75,12 @@ def load_adapter(model: LanguageModel, folder: Path) -> dict[str, Tensor]:
         stored = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise FedllmError(f"{path}: cannot be read ({error})") from None
+    about = json.loads((folder / "tunables.json").read_text())
+    if about["base_hash"] != model.base_hash:
+        raise FedllmError(
+            f"{folder}: was trained on another base than {model.name!r} is now (hash "
+            f"{about['base_hash']}, here {model.base_hash})"
+        )
     found = {}
     for name, tensor in model.initial.items():
         value = stored.get(outside(name, model.spec))
@@ -113,4 +119,5 @@ def merge(
         whole.config.id2label = dict(enumerate(labels))
         whole.config.label2id = {label: index for index, label in enumerate(labels)}
     whole.save_pretrained(str(target))
-    load_tokenizer(experiment.model).save_pretrained(str(target))
+    other = model.name if model.name != experiment.model.name else None
+    load_tokenizer(experiment.model, other).save_pretrained(str(target))

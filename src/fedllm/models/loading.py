@@ -158,6 +158,14 @@ class LanguageModel:
         )
 
 
+@torch.no_grad()
+def _causal(model: Any) -> bool:
+    """Whether a later token leaves the logits of an earlier one alone."""
+    x = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]])
+    logits = model(input_ids=x).logits
+    return torch.allclose(logits[0, 0], logits[1, 0], atol=1e-5)
+
+
 def load(
     spec: ex.Model, task: ex.Task, tunables: ex.Tunables, labels: int, seed: int,
     name: str | None = None,
@@ -205,16 +213,19 @@ def load(
         names |= head
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if family is None and not classification and not _causal(model):
+        raise FedllmError(
+            f"task.kind = 'generation': {name!r} ({config.model_type}) sees the tokens that it is "
+            "to predict; choose a causal language model such as 'openai-community/gpt2'"
+        )
     found = LanguageModel(
         name, model, family, classification, dict(virtual),
         frozenset(f"model.{n}" for n in head), {}, tunables,
     )  # fmt: skip
-    device = torch.device(spec.device)
-    model.to(device)
     initial = {}
     for key, parameter in found.whole.named_parameters():
         if key.removeprefix("model.") in names or key.partition(".")[0] in ("prompt", "prefix"):
-            initial[key] = parameter.detach().to(device).clone()
+            initial[key] = parameter.detach().clone()
             parameter.requires_grad_(False)
     found.initial = dict(sorted(initial.items()))
     return found

@@ -64,6 +64,8 @@ def look(experiment: ex.Experiment) -> dict[str, Any]:
         experiment.public.size or experiment.public.source
         or "logits" not in experiment.compare.strategies
     ) else [compare.Part(experiment.strategy.kind, experiment.strategy)]  # fmt: skip
+    if all(part.strategy != experiment.strategy for part in listed):
+        listed = [compare.Part(experiment.strategy.kind, experiment.strategy), *listed]
     rows = []
     public = _public(experiment, prepared.public)
     for part in listed:

@@ -99,7 +99,8 @@ def render(summary: dict[str, Any], experiment: str) -> str:
         f"<h1>{html.escape(summary['name'])}</h1>",
         f"<p>{html.escape(summary['model'].rsplit('/', 1)[-1])}, "
         f"{html.escape(summary['tunables'])}, {summary['rounds']} rounds, "
-        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; fedllm {__version__}</p>",
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; "
+        f"fedllm {__version__}</p>",
         *(f'<p class="note">{html.escape(flag)}</p>' for flag in flags),
         _table(header, lines),
         "<p>Costs are means per client and round, evaluation left out; memory is the peak of "

@@ -12,7 +12,7 @@ Activations travel packed: real tokens only, [tokens, width], with the lengths o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from fedllm import experiment as ex
 from fedllm.aggregation import RULES
 from fedllm.errors import FedllmError
 from fedllm.exchange import Exchange
-from fedllm.message import Message, Role, of_role
+from fedllm.message import Failure, Message, Role, of_role
 from fedllm.models.core import Core
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks
@@ -38,11 +38,16 @@ H, LENGTHS, LABELS, GRAD = "hidden", "lengths", "labels", "gradient"
 IGNORED = -1
 
 
-def unpack_rows(packed: Tensor, lengths: Tensor) -> Tensor:
-    """[tokens, width] and the rows' lengths -> right-padded [rows, longest, width]."""
-    rows = torch.nn.utils.rnn.pad_sequence(
-        list(torch.split(packed, lengths.tolist())), batch_first=True
-    )
+def unpack_rows(packed: Tensor, lengths: Tensor, width: int = 0) -> Tensor:
+    """
+    [tokens, features] and the rows' lengths -> right-padded [rows, longest, features].
+
+    width: pad to this many tokens at least.
+    """
+    parts = list(torch.split(packed, lengths.tolist()))
+    rows = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    if rows.shape[1] < width:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, width - rows.shape[1]))
     return rows.contiguous()
 
 
@@ -60,11 +65,12 @@ class Half:
     core: Core
     learner: Learner
     meter: Meter
+    beside: int = 0  # bytes of further halves that the same side holds
 
     def forward(self, batch: Batch, purpose: tuple[object, ...], cost: Cost, kind: str) -> Tensor:
         """Run the part with its dropout on, keeping the graph; counts FLOPs and memory."""
         self.model.dropout(True, self.learner.training.base_dropout)
-        held = held_bytes(self.core) + self.learner.reserved
+        held = held_bytes(self.core) + self.learner.reserved + self.beside
         try:
             with torch_stream(*purpose), self.meter.memory(cost, self.core, batch, kind, held):
                 out = self.core.apply_to(self.learner.params, batch.x, batch.lengths, batch.select)
@@ -80,13 +86,70 @@ class Half:
         input_grad: bool,
     ) -> None:  # fmt: skip
         """Back-propagate into the tunables (and the input, where it wants a gradient)."""
-        held = held_bytes(self.core) + self.learner.reserved
+        held = held_bytes(self.core) + self.learner.reserved + self.beside
         held += self.meter.left(self.core, batch, kind)
         if out.requires_grad:
             with self.meter.memory(cost, self.core, batch, f"{kind} backward", held):
                 out.backward(gradient)  # type: ignore[no-untyped-call]
         both = self.meter.flops(self.model, self.core, batch, True, input_grad)
         cost.flops += both - self.meter.flops(self.model, self.core, batch, False)
+
+
+class Alive:
+    """
+    The cohort of a round, and who of it still takes part.
+
+    A client that fails is out for the rest of the round; the round ends where fewer than
+    ``exchange.minimum_replies`` are left.
+    """
+
+    def __init__(self, cohort: Sequence[str], ask: Exchange) -> None:
+        """Everybody takes part, and nobody has said how many batches it has."""
+        self.cohort, self.ask = list(cohort), ask
+        self.failed: dict[str, str] = {}
+        self.done: dict[str, int] = {}
+        self.left: dict[str, int] = {}
+
+    def __contains__(self, client: str) -> bool:
+        return client not in self.failed
+
+    def busy(self) -> list[str]:
+        """Who takes part and has a batch left."""
+        return [c for c in self.cohort if c in self and self.left.get(c, 1) > 0]
+
+    def why(self) -> str:
+        """Who failed, and why."""
+        return "; ".join(f"{client}: {reason}" for client, reason in self.failed.items())
+
+    def gather(self, requests: Mapping[str, Message]) -> dict[str, Message]:
+        """Ask; the good replies by name. Raises FedllmError where too few are left."""
+        replies = {}
+        for client, reply in self.ask.ask(requests):
+            if isinstance(reply, Failure):
+                self.failed[client] = reply.reason
+                continue
+            replies[client] = reply
+            if "left" in reply.facts:
+                self.done[client] = int(reply.facts["number"])
+                self.left[client] = int(reply.facts["left"])
+        present = len(self.cohort) - len(self.failed)
+        self.ask.enough(present, len(self.cohort), self.why())
+        return dict(sorted(replies.items()))
+
+    def fraction(self, client: str) -> float:
+        """How much of its batches a client did before the current one."""
+        return (self.done[client] - 1) / (self.done[client] + self.left[client])
+
+    def longest(self) -> float:
+        """The same of the client with the most batches."""
+        most = max(self.done, key=lambda c: self.done[c] + self.left[c])
+        return self.fraction(most) if self.left[most] else 1 - 1 / max(self.done[most], 1)
+
+    def overall(self) -> float:
+        """The same of all together; who has not begun is taken for an average one."""
+        known = [self.done[c] + self.left[c] for c in self.done]
+        total = sum(known) / len(known) * len(self.cohort)
+        return min((sum(self.done.values()) - 1) / total, 1.0)
 
 
 class Activations:
@@ -123,30 +186,33 @@ class Activations:
         """One round: the batches of the local epochs, then the average of the client halves."""
         state = self._bring(state, [c for c in cohort if self._stale(state, c)], ask)
         halves = self._halves(state, cohort, ask)
-        turns = self._turns(cohort, rng)
-        seen: dict[str, float] = dict.fromkeys(cohort, 0.0)
+        alive = Alive(cohort, ask)
+        since: dict[str, float] = {}  # units seen since the last average
+        whole: dict[str, float] = {}  # and in this round
         losses: list[float] = []
-        remaining = dict.fromkeys(cohort, 1 << 62)
-        for done, group in enumerate(turns(remaining), 1):
-            replies = ask.gather(dict.fromkeys(group, Message("c1", "forward")))  # c1, c2
-            for client, reply in replies.items():
-                remaining[client] = int(reply.facts["left"])
-                seen[client] += float(reply.facts["units"])
-            gradients, loss = self._step(halves, replies, ask)  # c3
-            losses.append(loss)
-            ask.gather(
-                {
-                    client: Message("c4", "backward", {GRAD: g}, {GRAD: Role.GRADIENT})
-                    for client, g in gradients.items()
-                }
-            )  # c4, c5
-            every = self.options.average_every * (
-                len(cohort) if self.options.server == "sequential" else 1
-            )
-            if every and done % every == 0 and any(remaining.values()):
-                state = self._average(state, cohort, seen, ask)
-        state = self._average(state, cohort, seen, ask)
-        state = self._merge(state, halves, seen, ask)
+        sweeps = 0
+        for group, sweep_ends in self._turns(alive, rng):
+            replies = alive.gather(dict.fromkeys(group, Message("c1", "forward")))  # c1, c2
+            if replies:
+                gradients, loss = self._step(halves, replies, alive, ask)  # c3
+                losses.append(loss)
+                for client in gradients:
+                    seen = float(replies[client].facts["units"])
+                    since[client] = since.get(client, 0.0) + seen
+                    whole[client] = whole.get(client, 0.0) + seen
+                alive.gather(
+                    {
+                        client: Message("c4", "backward", {GRAD: g}, {GRAD: Role.GRADIENT})
+                        for client, g in gradients.items()
+                    }
+                )  # c4, c5
+            sweeps += sweep_ends
+            every = self.options.average_every
+            if every and sweep_ends and sweeps % every == 0 and alive.busy():
+                state = self._average(state, alive, since, ask)
+                since = {}
+        state = self._average(state, alive, since, ask)
+        state = self._merge(state, halves, whole, ask)
         return replace(state, facts={**state.facts, "loss": float(np.mean(losses))})
 
     def _halves(self, state: ServerState, cohort: Sequence[str], ask: Exchange) -> dict[str, Half]:
@@ -157,56 +223,62 @@ class Activations:
             learner = Learner(values, self.setup.training, optimizer)
             return Half(self.model, self.server, learner, ask.meter)
 
-        if self.options.server == "per-client":
-            return {client: half(state.clients.get(client, {})) for client in cohort}
-        return dict.fromkeys(cohort, half(state.optimizer))
+        if self.options.server != "per-client":
+            return dict.fromkeys(cohort, half(state.optimizer))
+        halves = {client: half(state.clients.get(client, {})) for client in cohort}
+        for one in halves.values():  # the server holds all of them at once
+            others = (h.learner.reserved for h in halves.values() if h is not one)
+            one.beside = sum(others)
+        return halves
 
-    def _turns(
-        self, cohort: Sequence[str], rng: np.random.Generator
-    ) -> Callable[[Mapping[str, int]], Iterable[list[str]]]:
-        """Who is asked together, until nobody has a batch left."""
-        order = [cohort[i] for i in rng.permutation(len(cohort))]
-
-        def turns(remaining: Mapping[str, int]) -> Iterable[list[str]]:
-            if self.options.server != "sequential":
-                while any(remaining.values()):
-                    yield [client for client in cohort if remaining[client]]
-            elif self.options.turn == "epoch":
-                for client in order:
-                    while remaining[client]:
-                        yield [client]
-            else:
-                while any(remaining.values()):
-                    for client in order:
-                        if remaining[client]:
-                            yield [client]
-
-        return turns
+    def _turns(self, alive: Alive, rng: np.random.Generator) -> Iterator[tuple[list[str], bool]]:
+        """
+        Who is asked together, until nobody has a batch left; and whether everybody who has
+        one had a turn (a sweep ends).
+        """
+        order = [alive.cohort[i] for i in rng.permutation(len(alive.cohort))]
+        if self.options.server != "sequential":
+            while group := alive.busy():
+                yield group, True
+        elif self.options.turn == "epoch":
+            for client in order:
+                while client in alive.busy():
+                    yield [client], False
+        else:
+            while busy := set(alive.busy()):
+                sweep = [client for client in order if client in busy]
+                for client in sweep:
+                    if client in alive.busy():
+                        yield [client], client == sweep[-1]
 
     def _step(
-        self, halves: Mapping[str, Half], replies: Mapping[str, Message], ask: Exchange
-    ) -> tuple[dict[str, Tensor], float]:
+        self, halves: Mapping[str, Half], replies: Mapping[str, Message], alive: Alive,
+        ask: Exchange,
+    ) -> tuple[dict[str, Tensor], float]:  # fmt: skip
         """
         c3: forward, loss, backward and step; returns each client's gradient (c4).
 
         A client gets the gradient of its own mean loss, however many rows others brought.
         """
         if self.options.server == "concatenated":
-            return self._together(next(iter(halves.values())), replies, ask)
+            half = next(iter(halves.values()))
+            return self._together(half, replies, alive, ask, alive.longest())
         gradients: dict[str, Tensor] = {}
         losses: list[float] = []
         for client, reply in replies.items():
-            found, loss = self._together(halves[client], {client: reply}, ask)
+            own = self.options.server == "per-client"
+            done = alive.fraction(client) if own else alive.overall()
+            found, loss = self._together(halves[client], {client: reply}, alive, ask, done)
             gradients |= found
             losses.append(loss)
         return gradients, float(np.mean(losses))
 
     def _together(
-        self, half: Half, replies: Mapping[str, Message], ask: Exchange
+        self, half: Half, replies: Mapping[str, Message], alive: Alive, ask: Exchange, done: float
     ) -> tuple[dict[str, Tensor], float]:
+        """One server step on these clients' batches; ``done``: how much of the round is."""
         device = self.model.model.device
         weights = {c: float(r.facts["units"]) for c, r in replies.items()}
-        total = sum(weights.values())
         with ask.meter.step("c3") as cost:
             lengths = torch.cat([r.tensors[LENGTHS].long() for r in replies.values()]).to(device)
             packed = torch.cat([r.tensors[H] for r in replies.values()]).to(device)
@@ -215,29 +287,38 @@ class Activations:
             first = next(iter(replies.values()))
             purpose = (self.setup.seed, ask.round, *who, "dropout", first.facts["number"])
             out = half.forward(batch, purpose, cost, "train")
+        sizes = {c: int(r.tensors[LENGTHS].sum()) for c, r in replies.items()}
         if self.home:
-            back = self._ask_heads(pack_rows(out.detach(), lengths), lengths, replies, ask)
+            back = self._ask_heads(pack_rows(out.detach(), lengths), sizes, alive)
+            weights = {c: w for c, w in weights.items() if c in back}
+            total = sum(weights.values())
             loss = sum(float(b.facts["loss"]) * weights[c] for c, b in back.items()) / total
-            parts = [back[c].tensors[GRAD].to(device) * (weights[c] / total) for c in replies]
-            gradient: Tensor | None = unpack_rows(torch.cat(parts), lengths)
+            none = torch.zeros((1, out.shape[-1]), device=device)
+            parts = [
+                back[c].tensors[GRAD].to(device) * (weights[c] / total)
+                if c in back
+                else none.expand(sizes[c], -1)  # its head failed: it has no say in this step
+                for c in replies
+            ]
+            gradient: Tensor | None = unpack_rows(torch.cat(parts), lengths, out.shape[1])
             goal = out
         else:
+            total = sum(weights.values())
             goal, gradient = cross_entropy(out, batch), None
             loss = float(goal.detach())
         if not np.isfinite(loss):
             raise FedllmError(f"round {ask.round}: the loss became {loss}; lower training.rate")
         with ask.meter.step("c3") as cost:
             half.backward(goal, gradient, batch, cost, "train", True)
-            number, left = int(first.facts["number"]), int(first.facts["left"])
-            span = Span(ask.round - 1, self.setup.rounds)
-            half.learner.step(span.at((number - 1) / (number + left)))
+            half.learner.step(Span(ask.round - 1, self.setup.rounds).at(done))
             cost.optimizer_steps += 1
             grad = batch.x.grad
             packed = pack_rows(torch.zeros_like(batch.x) if grad is None else grad, lengths)
-            sizes = [int(r.tensors[LENGTHS].sum()) for r in replies.values()]
+            split = torch.split(packed, list(sizes.values()))
             gradients = {
                 client: (part * (total / weights[client])).contiguous()
-                for client, part in zip(replies, torch.split(packed, sizes), strict=True)
+                for client, part in zip(replies, split, strict=True)
+                if client in weights
             }
         return gradients, loss
 
@@ -264,17 +345,19 @@ class Activations:
         return Batch(x, None if full else real, select, targets, targets, int(real.sum()))
 
     def _ask_heads(
-        self, packed: Tensor, lengths: Tensor, replies: Mapping[str, Message], ask: Exchange
+        self, packed: Tensor, sizes: Mapping[str, int], alive: Alive
     ) -> dict[str, Message]:
         """Labels at home: hidden states down, the loss's gradient up."""
-        sizes = [int(r.tensors[LENGTHS].sum()) for r in replies.values()]
-        parts = zip(replies, torch.split(packed, sizes), strict=True)
-        return ask.gather(
+        parts = zip(sizes, torch.split(packed, list(sizes.values())), strict=True)
+        back = alive.gather(
             {
                 client: Message("c3", "head", {H: part.contiguous()}, {H: Role.ACTIVATION})
                 for client, part in parts
             }
         )
+        if not back:
+            raise FedllmError(f"no client's head answered: {alive.why()}")
+        return back
 
     def _stale(self, state: ServerState, client: str) -> bool:
         """Whether a client's half is older than the server's (all start with the same)."""
@@ -293,10 +376,11 @@ class Activations:
         return replace(state, facts=facts)
 
     def _average(
-        self, state: ServerState, cohort: Sequence[str], seen: Mapping[str, float], ask: Exchange
+        self, state: ServerState, alive: Alive, seen: Mapping[str, float], ask: Exchange
     ) -> ServerState:
-        """cc1 to cc4."""
-        replies = ask.gather(dict.fromkeys(cohort, Message("cc1", "collect")))
+        """cc1 to cc4, weighted by the units seen since the last average."""
+        asked = [client for client in alive.cohort if client in seen and client in alive]
+        replies = alive.gather(dict.fromkeys(asked, Message("cc1", "collect")))
         with ask.meter.step("cc2"):
             updates = {client: reply.tensors for client, reply in replies.items()}
             half = self.rule(updates, seen)
@@ -304,7 +388,7 @@ class Activations:
         state = replace(
             state, shared={**state.shared, **half}, facts={**state.facts, "version": version}
         )
-        return self._bring(state, list(replies), ask)
+        return self._bring(state, [c for c in alive.cohort if c in alive], ask)
 
     def _merge(
         self, state: ServerState, halves: Mapping[str, Half], seen: Mapping[str, float],
@@ -318,7 +402,7 @@ class Activations:
                 optimizer=half.learner.state(),
             )  # fmt: skip
         with ask.meter.step("cc2"):
-            values = {client: half.learner.values() for client, half in halves.items()}
+            values = {client: halves[client].learner.values() for client in seen}
             merged = self.rule(values, seen)
         optimizers = {client: half.learner.state() for client, half in halves.items()}
         return replace(
@@ -385,7 +469,9 @@ class Activations:
         half = self._half_of(site)["tail"]
         batch: Batch = site.live["batch"]
         real = _lengths(batch) + self.client.prompt_tokens
-        hidden = unpack_rows(message.tensors[H].to(batch.x.device), real).requires_grad_(True)
+        width = batch.x.shape[1] + self.client.prompt_tokens
+        hidden = unpack_rows(message.tensors[H].to(batch.x.device), real, width)
+        hidden.requires_grad_(True)
         with site.meter.step("c3") as cost:
             purpose = (self.setup.seed, site.name, "tail", site.round, site.live["number"])
             logits = half.forward(replace(batch, x=hidden), purpose, cost, "tail")
@@ -405,7 +491,7 @@ class Activations:
         hidden: Tensor = site.live.pop("hidden")
         real = _lengths(batch) + self.client.prompt_tokens
         with site.meter.step("c5") as cost:
-            gradient = unpack_rows(message.tensors[GRAD].to(hidden.device), real)
+            gradient = unpack_rows(message.tensors[GRAD].to(hidden.device), real, hidden.shape[1])
             halves["client"].backward(hidden, gradient, batch, cost, "train", False)
             fraction = (site.live["number"] - 1) / site.live["per_round"]
             for half in halves.values():

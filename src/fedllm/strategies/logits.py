@@ -54,6 +54,9 @@ class Logits:
         """One round."""
         if self.setup.public.ship:
             state = self._ship(state, cohort, ask)
+            there = [client for client in cohort if f"shipped.{client}" in state.facts]
+            ask.enough(len(there), len(cohort), "others did not take the public set (b0)")
+            cohort = there
         rows = self._draw(rng)
         which = {"rows": torch.from_numpy(rows.astype(np.int32))}
         request = Message("b1", "know", which, {"rows": Role.INDEX}, {"public": self.public.hash})
@@ -95,7 +98,8 @@ class Logits:
             if self.setup.public.labelled and len(self.public.labels):
                 packed["labels"] = torch.from_numpy(self.public.labels.astype(np.int32))
                 roles["labels"] = Role.LABEL
-            ask.gather(dict.fromkeys(new, Message("b0", "receive", packed, roles)))
+            sent = dict.fromkeys(new, Message("b0", "receive", packed, roles))
+            new = [client for client, reply in ask.ask(sent) if isinstance(reply, Message)]
         return replace(state, facts={**state.facts, **{f"shipped.{c}": 1 for c in new}})
 
     def candidate(self, state: ServerState) -> Group | None:

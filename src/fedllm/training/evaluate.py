@@ -136,6 +136,7 @@ def generate(
 ) -> list[int]:  # fmt: skip
     """Greedy continuation of a prompt: at most ``limit`` new tokens, up to ``stop``."""
     longest = getattr(model.model.config, "max_position_embeddings", 1024)
+    longest -= getattr(model.spec, "tokens", 0)
     tokens = list(prompt)
     device = model.model.device
     for _ in range(limit):

@@ -141,14 +141,15 @@ def fit(
     seen, summed = 0, 0.0
     try:
         for number, batch in enumerate(batches):
-            with torch_stream(*purpose, number), meter.memory(cost, core, batch, "train", held):
+            kind = objective.__name__
+            with torch_stream(*purpose, number), meter.memory(cost, core, batch, kind, held):
                 logits = core.apply_to(learner.params, batch.x, batch.lengths, batch.select)
                 loss = objective(logits, batch)
                 if learner.optimizer is not None:
                     loss.backward()  # type: ignore[no-untyped-call]
                 value = float(loss.detach())
                 del logits, loss
-                learner.step(span.at(number / max(steps, 1)))
+            learner.step(span.at(number / max(steps, 1)))
             if not math.isfinite(value):
                 raise FedllmError(
                     f"the loss became {value} at batch {number + 1}: lower training.rate "

@@ -67,10 +67,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass
 class Measured:
-    """What was counted once per shape; shared by all clients and parts of one experiment."""
+    """
+    What was counted once per shape; shared by all clients and parts of one experiment.
+
+    pace: rows x length and seconds of the passes that were not slowed down by measuring.
+    """
 
     flops: dict[tuple[object, ...], int] = field(default_factory=dict)
     peaks: dict[tuple[object, ...], tuple[int, int]] = field(default_factory=dict)
+    pace: dict[tuple[object, ...], tuple[int, float]] = field(default_factory=dict)
 
 
 class Meter:
@@ -86,6 +91,7 @@ class Meter:
     ) -> None:
         """``tick`` hears of every batch's rows, for a progress bar."""
         self.steps: dict[str, Cost] = {}
+        self._overhead = 0.0
         self.measured = measured or Measured()
         self.tick = tick or (lambda rows: None)
 
@@ -94,10 +100,11 @@ class Meter:
         """Time a step; the body adds the rest to the Cost it is given."""
         cost = self.steps.setdefault(name, Cost())
         start = time.perf_counter()
+        self._overhead = 0.0
         try:
             yield cost
         finally:
-            cost.seconds += time.perf_counter() - start
+            cost.seconds += max(time.perf_counter() - start - self._overhead, 0.0)
 
     def take(self) -> dict[str, Fact]:
         """All costs as facts of a reply, ``cost.<step>.<field>``; the meter starts anew."""
@@ -106,7 +113,10 @@ class Meter:
             for column in fields(Cost):
                 value = getattr(cost, column.name)
                 if value:
-                    facts[f"cost.{step}.{column.name}"] = value
+                    # seconds at a fixed width: how long a step took is nothing a byte count
+                    # should depend on
+                    text = f"{value:.6e}" if isinstance(value, float) else value
+                    facts[f"cost.{step}.{column.name}"] = text
         self.steps = {}
         return facts
 
@@ -116,8 +126,13 @@ class Meter:
     ) -> int:  # fmt: skip
         """FLOPs of this pass (forward, or forward and backward)."""
         counter = FlopCounter(core, frozenset(model.initial), self.measured.flops)
-        shape = (batch.rows, batch.x.shape[1], batch.selected)
-        return counter(*shape, backward, input_grad)
+        length = batch.x.shape[1]
+        if core.part not in ("whole", "client"):
+            length -= core.prompt_tokens  # hidden states hold the prompt, tokens do not
+        start = time.perf_counter()
+        found = counter(batch.rows, length, batch.selected, backward, input_grad)
+        self._overhead += time.perf_counter() - start
+        return found
 
     @contextmanager
     def memory(self, cost: Cost, core: Core, batch: Batch, kind: str, held: int) -> Iterator[None]:
@@ -131,10 +146,18 @@ class Meter:
             )
             return
         mode = LiveBytes() if key not in self.measured.peaks else nullcontext()
+        start = time.perf_counter()
         with mode:
             yield
+        seconds = time.perf_counter() - start
+        cells, spent = self.measured.pace.get(key[:2], (0, 0.0))
+        size = batch.rows * batch.x.shape[1]
         if isinstance(mode, LiveBytes):
             self.measured.peaks[key] = (mode.peak, mode.live)
+            if cells:  # the measured pass is charged as an unmeasured one would have been
+                self._overhead += max(seconds - size * spent / cells, 0.0)
+        else:
+            self.measured.pace[key[:2]] = (cells + size, spent + seconds)
         cost.peak_memory = max(cost.peak_memory, held + self.measured.peaks[key][0])
 
     def left(self, core: Core, batch: Batch, kind: str) -> int:
@@ -154,5 +177,5 @@ def costs_of(facts: dict[str, Fact]) -> dict[str, dict[str, Fact]]:
     for name, value in facts.items():
         if name.startswith("cost."):
             _, step, column = name.split(".")
-            found.setdefault(step, {})[column] = value
+            found.setdefault(step, {})[column] = float(value) if column == "seconds" else value
     return found

@@ -1,0 +1,232 @@
+"""A client that fails: named, counted, and left out where fewer replies are enough."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fedllm.errors import FedllmError
+from fedllm.message import Failure, Message
+from fedllm.round import Federation
+from small import GPT2, build, experiment, finish
+
+STRATEGIES: list[dict[str, Any]] = [
+    {"kind": "parameters"},
+    {"kind": "logits"},
+    {"kind": "activations", "cut": 2},
+    {"kind": "activations", "cut": 2, "server": "per-client"},
+    {"kind": "activations", "cut": 2, "server": "concatenated"},
+    {"kind": "activations", "cut": 2, "server": "concatenated", "labels": "client"},
+]
+NAMES = ["parameters", "logits", "sequential", "per-client", "concatenated", "labels-at-home"]
+
+
+def break_down(built: Federation, task: str, client: str = "client-2") -> None:
+    """From its second call on, this client's task raises what no one expected."""
+    strategy: Any = built.strategy
+    honest = strategy.tasks[task]
+    calls = 0
+
+    def broken(site: Any, message: Message) -> Message:
+        nonlocal calls
+        if site.name == client:
+            calls += 1
+            if calls > (task in ("forward", "backward", "head")):
+                raise RuntimeError("out of cheese")
+        reply: Message = honest(site, message)
+        return reply
+
+    strategy.tasks = {**strategy.tasks, task: broken}
+
+
+def first_task(built: Federation) -> str:
+    tasks = list(built.strategy.tasks)
+    return {"train": "train", "know": "know", "forward": "forward"}[tasks[0]]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=NAMES)
+def test_a_failing_client_ends_the_run_by_name(strategy: dict[str, Any]) -> None:
+    built = build(experiment(GPT2, rows=48, strategy=strategy))
+    break_down(built, first_task(built))
+    with pytest.raises(FedllmError, match=r"client-2: RuntimeError: out of cheese"):
+        finish(built)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=NAMES)
+def test_or_is_left_out_where_fewer_are_enough(strategy: dict[str, Any]) -> None:
+    spec = experiment(GPT2, rows=48, rounds=2, strategy=strategy, exchange={"minimum_replies": 2})
+    built = build(spec)
+    break_down(built, first_task(built))
+    end = finish(built)
+    assert [entry["round"] for entry in end.history] == [1, 2]
+    assert all(torch.isfinite(t).all() for t in end.server.shared.values())
+    failed = {row.client for row in built.ledger.rows if row.failures}
+    assert failed == {"client-2"}
+
+
+@pytest.mark.parametrize("task", ["backward", "head", "collect"])
+def test_so_in_the_later_steps_of_activations(task: str) -> None:
+    strategy = {"kind": "activations", "cut": 2, "server": "concatenated", "labels": "client"}
+    spec = experiment(GPT2, rows=48, strategy=strategy, exchange={"minimum_replies": 2})
+    built = build(spec)
+    break_down(built, task)
+    end = finish(built)
+    assert all(torch.isfinite(t).all() for t in end.server.shared.values())
+
+
+def test_a_client_that_missed_the_public_set_gets_it_later() -> None:
+    spec = experiment(
+        GPT2, rounds=2, strategy={"kind": "logits"}, public={"size": 12, "ship": True},
+        exchange={"minimum_replies": 2},
+    )  # fmt: skip
+    built = build(spec)
+    break_down(built, "receive")
+    finish(built)
+    sent = [(r.round, r.client) for r in built.ledger.rows if r.role == "token"]
+    assert sent.count((2, "client-2")) == 1
+    assert (2, "client-1") not in sent
+
+
+def test_too_few_replies_say_how_many_were_needed() -> None:
+    built = build(experiment(GPT2, exchange={"minimum_replies": 3}))
+    break_down(built, "train")
+    with pytest.raises(FedllmError, match=r"2 of 3 clients replied, 3 are needed"):
+        finish(built)
+
+
+# The worker's own rules -------------------------------------------------------------------------
+
+
+def message(built: Federation, **changes: Any) -> Message:
+    shared = built.strategy.start().shared
+    from fedllm.message import Role, of_role
+
+    values: dict[str, Any] = {
+        "step": "a1", "task": "train", "tensors": shared,
+        "roles": of_role(Role.PARAMETER, shared), "client": "client-1", "id": "1", "attempt": 1,
+        "run": "run", "round": 1, "base": built.worker.base,
+    }  # fmt: skip
+    return Message(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"run": "another"}, "another run"), ({"base": "beef"}, "base model differs"),
+     ({"task": "dance"}, "no task 'dance'")],
+)  # fmt: skip
+def test_what_a_worker_refuses(changes: dict[str, Any], reason: str) -> None:
+    built = build(experiment(GPT2))
+    answer = built.worker.handle({"client-1": message(built, **changes)})["client-1"]
+    assert isinstance(answer, Failure)
+    assert reason in answer.reason
+
+
+def test_a_repeated_message_is_not_trained_twice() -> None:
+    built = build(experiment(GPT2))
+    first = built.worker.handle({"client-1": message(built)})["client-1"]
+    assert built.worker.handle({"client-1": message(built)})["client-1"] is first
+
+
+def test_a_round_asked_again_starts_from_the_committed_one() -> None:
+    spec = experiment(GPT2, training={"optimizer": "adam", "optimizer_state": "keep"})
+    built = build(spec)
+    worker = built.worker
+    first = worker.handle({"client-1": message(built)})["client-1"]
+    moved = dict(worker.sites["client-1"].state)
+    again = worker.handle({"client-1": message(built, attempt=2, id="2")})["client-1"]
+    assert isinstance(first, Message)
+    assert isinstance(again, Message)
+    assert all(torch.equal(first.tensors[n], again.tensors[n]) for n in first.tensors)
+    state = worker.sites["client-1"].state
+    assert all(torch.equal(moved[name], state[name]) for name in moved)
+    later = worker.handle({"client-1": message(built, round=2, id="3")})["client-1"]
+    assert isinstance(later, Message)
+    assert any(not torch.equal(moved[n], worker.sites["client-1"].state[n]) for n in moved)
+
+
+def test_many_clients_in_one_call() -> None:
+    built = build(experiment(GPT2))
+    asked = {c: message(built, client=c, id=c) for c in built.worker.sites}
+    answers = built.worker.handle({**asked, "nobody": message(built, client="nobody")})
+    assert isinstance(answers["nobody"], Failure)
+    alone = build(experiment(GPT2)).worker.handle({"client-3": asked["client-3"]})["client-3"]
+    together = answers["client-3"]
+    assert isinstance(alone, Message)
+    assert isinstance(together, Message)
+    assert all(torch.equal(alone.tensors[n], together.tensors[n]) for n in alone.tensors)
+
+
+# Bounds and measurement -------------------------------------------------------------------------
+
+
+def steps(built: Federation) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for row in built.ledger.rows:
+        if row.step == "local":
+            found[row.client] = found.get(row.client, 0) + row.optimizer_steps
+    return found
+
+
+def test_bounds_train_everybody_in_every_round() -> None:
+    spec = experiment(GPT2, rounds=2, strategy={"kind": "standalone"},
+                      exchange={"clients_per_round": 1})  # fmt: skip
+    built = build(spec)
+    finish(built)
+    assert steps(built) == {"client-1": 4, "client-2": 2, "client-3": 2}
+    equal = build(spec.replace(strategy={"kind": "standalone", "steps": (2, 9, 5)}))
+    finish(equal)
+    assert steps(equal) == {"client-1": 2, "client-2": 9, "client-3": 5}
+
+
+@pytest.mark.parametrize("server", ["sequential", "per-client", "concatenated"])
+def test_the_servers_rate_never_rises_under_a_falling_schedule(server: str) -> None:
+    from fedllm.training import learner
+
+    strategy = {"kind": "activations", "cut": 2, "server": server}
+    spec = experiment(GPT2, rows=60, rounds=2, strategy=strategy,
+                      training={"schedule": "linear"})  # fmt: skip
+    built = build(spec)
+    seen: dict[int, list[float]] = {}
+    original = learner.Learner.step
+
+    def spy(self: Any, progress: float) -> None:
+        if any(name.startswith("model.score") for name in self.params):
+            seen.setdefault(id(self), []).append(progress)
+        original(self, progress)
+
+    learner.Learner.step = spy  # type: ignore[method-assign]
+    try:
+        finish(built)
+    finally:
+        learner.Learner.step = original  # type: ignore[method-assign]
+    assert seen
+    for progress in seen.values():
+        assert progress == sorted(progress)
+        assert 0 <= progress[0] <= progress[-1] < 1
+
+
+def test_a_soft_prompt_is_counted_once() -> None:
+    one = {"clients": 1, "sizes": [8]}
+    prompt = {"kind": "prompt", "tokens": 10}
+
+    def flops(strategy: dict[str, Any]) -> float:
+        built = build(experiment(GPT2, simulation=one, tunables=prompt, strategy=strategy,
+                                 evaluation={"every": 0}))  # fmt: skip
+        finish(built)
+        return sum(row.flops for row in built.ledger.rows if row.step != "eval")
+
+    whole = flops({"kind": "parameters"})
+    assert flops({"kind": "activations", "cut": 2}) == pytest.approx(whole, rel=0.02)
+
+
+def test_measuring_is_not_charged_to_who_comes_first() -> None:
+    spec = experiment(GPT2, rows=60, rounds=1, evaluation={"every": 0})
+    prepared_anew = build(spec.replace(name="other"))
+    finish(prepared_anew)
+    again = build(spec.replace(name="other"))
+    finish(again)
+
+    def peak(built: Federation) -> int:
+        return max(row.peak_memory for row in built.ledger.rows)
+
+    assert peak(prepared_anew) == peak(again)  # what was remembered is what was measured

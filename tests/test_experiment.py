@@ -37,7 +37,11 @@ def test_it_is_frozen() -> None:
         [{"kind": "parameters", "payload": "delta"}, {"kind": "logits", "temperature": 3},
          {"kind": "activations", "cut": 2, "labels": "client"}, {"kind": "standalone"}]
     ),
-    labels=st.lists(st.text(min_size=1, max_size=9), max_size=4),
+    labels=st.lists(
+        st.text(min_size=1, max_size=9).map(lambda text: text.replace("$", "S")),
+        max_size=4,
+        unique=True,
+    ),
     partition=st.sampled_from([{"kind": "iid"}, {"kind": "dirichlet", "alpha": 0.3},
                                {"kind": "by_column", "column": "ward"}]),
 )  # fmt: skip
@@ -45,7 +49,6 @@ def test_dump_reads_back_equal(
     rounds: int, rate: float, strategy: dict[str, Any], labels: list[str],
     partition: dict[str, Any],
 ) -> None:  # fmt: skip
-    labels = [label.replace("$", "S") for label in labels]
     values = {
         "rounds": rounds, "training": {"rate": rate}, "strategy": strategy,
         "data": {"labels": labels}, "simulation": {"partition": partition},
@@ -100,7 +103,7 @@ SHRINK = {
     "banking77-minilm": ["public.size=12", "public.rows_per_round=6", "simulation.examples=20",
                          "simulation.test_examples=30"],
     "shakespeare": ["public.size=8", "simulation.examples=12"],
-    "demo": ["public.size=12", "simulation.examples=16", "simulation.test_examples=30"],
+    "demo": ["public.size=12", "simulation.sizes=[12, 8, 6]", "simulation.test_examples=30"],
 }  # fmt: skip
 
 

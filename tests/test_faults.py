@@ -178,11 +178,15 @@ def test_bounds_train_everybody_in_every_round() -> None:
     assert steps(equal) == {"client-1": 2, "client-2": 9, "client-3": 5}
 
 
-@pytest.mark.parametrize("server", ["sequential", "per-client", "concatenated"])
-def test_the_servers_rate_never_rises_under_a_falling_schedule(server: str) -> None:
+@pytest.mark.parametrize(
+    ("server", "turn"),
+    [("sequential", "batch"), ("sequential", "epoch"), ("per-client", "batch"),
+     ("concatenated", "batch")],
+)  # fmt: skip
+def test_the_servers_rate_never_rises_under_a_falling_schedule(server: str, turn: str) -> None:
     from fedllm.training import learner
 
-    strategy = {"kind": "activations", "cut": 2, "server": server}
+    strategy = {"kind": "activations", "cut": 2, "server": server, "turn": turn}
     spec = experiment(GPT2, rows=60, rounds=2, strategy=strategy,
                       training={"schedule": "linear"})  # fmt: skip
     built = build(spec)

@@ -70,12 +70,14 @@ def activations_payload(
     epochs: int,
     client_half: int,
     averages: int = 1,
+    uploads: int | None = None,
 ) -> tuple[int, int]:
     """
     (up, down): width floats a token each way (twice each way with labels at the client),
     lengths and labels up, and the client half's tunables for each average.
 
     client_half: bytes of the client's tunables.  averages: how often they are averaged a round.
+    uploads: how many of these this client had a batch for (None: all).
     """
     prompt = getattr(model.spec, "tokens", 0) if model.spec.kind == "prompt" else 0
     tokens = (client.tokens + prompt * client.rows) * epochs
@@ -86,7 +88,8 @@ def activations_payload(
         per_pass = client.rows if model.classification else client.tokens
         labels = per_pass * epochs * INT
     crossings = 2 if home else 1
-    up = crossings * hidden + client.rows * epochs * INT + labels + averages * client_half
+    up = crossings * hidden + client.rows * epochs * INT + labels
+    up += (averages if uploads is None else uploads) * client_half
     return up, crossings * hidden + averages * client_half
 
 

@@ -90,7 +90,7 @@ class Exchange:
     def open(self, round: int) -> None:
         """Begin (or begin again) a round."""
         self.attempt = self.attempt + 1 if round == self.round else 1
-        self.round = round
+        self.round, self._count = round, 0
         self.ledger.rollback()
         self.meter.take()
 

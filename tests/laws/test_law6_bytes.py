@@ -107,13 +107,15 @@ def expected(built: Federation, site: Any, spec: Any) -> tuple[int, int]:
         return up, down
     size_ = ClientSize(len(site.train), site.train.tokens, int(site.train.targets.sum()))
     half = costs.tunable_bytes(model, sorted(built.strategy.client_names))  # type: ignore[attr-defined]
-    averages = 1
+    averages, uploads = 1, 1
     if strategy.average_every:
         most = max(costs.batches(len(s.train), spec.training.batch_size)
                    for s in built.worker.sites.values()) * spec.training.epochs  # fmt: skip
-        averages = 1 + (most - 1) // strategy.average_every
+        mine = costs.batches(len(site.train), spec.training.batch_size) * spec.training.epochs
+        averages = -(-most // strategy.average_every)
+        uploads = -(-mine // strategy.average_every)  # who had no batch since is not asked
     up, down = costs.activations_payload(
-        model, strategy, size_, spec.training.epochs, half, averages
+        model, strategy, size_, spec.training.epochs, half, averages, uploads
     )
     return up * spec.rounds, down * spec.rounds
 
@@ -128,7 +130,8 @@ def test_a_codec_shows_in_the_payload() -> None:
 
     assert sent(half) * 2 == sent(plain)
     assert total(half.ledger.rows, "wire_bytes", direction="up") == scale.up
-    assert {r.codec for r in half.ledger.rows if r.role == "parameter"} == {"fp16"}
+    codecs = {(r.step == "eval", r.codec) for r in half.ledger.rows if r.role == "parameter"}
+    assert codecs == {(False, "fp16"), (True, "none")}  # what is evaluated is the model itself
 
 
 def test_logits_payload_is_rows_times_classes() -> None:

@@ -109,6 +109,7 @@ class Alive:
         self.failed: dict[str, str] = {}
         self.done: dict[str, int] = {}
         self.left: dict[str, int] = {}
+        self._before = 0.0
 
     def __contains__(self, client: str) -> bool:
         return client not in self.failed
@@ -143,13 +144,18 @@ class Alive:
     def longest(self) -> float:
         """The same of the client with the most batches."""
         most = max(self.done, key=lambda c: self.done[c] + self.left[c])
-        return self.fraction(most) if self.left[most] else 1 - 1 / max(self.done[most], 1)
+        return self.fraction(most)
 
     def overall(self) -> float:
-        """The same of all together; who has not begun is taken for an average one."""
+        """
+        The same of all together; who has not begun is taken for an average one.
+
+        Never less than before, though a larger client may come to light.
+        """
         known = [self.done[c] + self.left[c] for c in self.done]
         total = sum(known) / len(known) * len(self.cohort)
-        return min((sum(self.done.values()) - 1) / total, 1.0)
+        self._before = max(self._before, min((sum(self.done.values()) - 1) / total, 1.0))
+        return self._before
 
 
 class Activations:

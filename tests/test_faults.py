@@ -221,16 +221,3 @@ def test_a_soft_prompt_is_counted_once() -> None:
 
     whole = flops({"kind": "parameters"})
     assert flops({"kind": "activations", "cut": 2}) == pytest.approx(whole, rel=0.02)
-
-
-def test_measuring_is_not_charged_to_who_comes_first() -> None:
-    spec = experiment(GPT2, rows=60, rounds=1, evaluation={"every": 0})
-    prepared_anew = build(spec.replace(name="other"))
-    finish(prepared_anew)
-    again = build(spec.replace(name="other"))
-    finish(again)
-
-    def peak(built: Federation) -> int:
-        return max(row.peak_memory for row in built.ledger.rows)
-
-    assert peak(prepared_anew) == peak(again)  # what was remembered is what was measured

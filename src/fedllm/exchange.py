@@ -17,7 +17,7 @@ import torch
 from fedllm.codecs import CODECS
 from fedllm.errors import FedllmError
 from fedllm.ledger import Ledger, Row
-from fedllm.message import Failure, Message, Role, pack, payload_bytes, unpack
+from fedllm.message import Failure, Message, pack, payload_bytes, unpack
 from fedllm.training.meter import Measured, Meter, costs_of
 from fedllm.transport import Transport
 
@@ -240,8 +240,3 @@ class Endpoint:
             )  # fmt: skip
             answers[client] = encode(stamped, self.codecs)[0]
         return answers
-
-
-def tensors_of(message: Message, role: Role) -> dict[str, torch.Tensor]:
-    """A message's tensors of one role."""
-    return {name: t for name, t in message.tensors.items() if message.roles[name] is role}

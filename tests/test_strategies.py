@@ -2,13 +2,15 @@
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from fedllm import experiment as ex
 from fedllm.ledger import Row, total
 from fedllm.round import Federation
+from fedllm.strategies import STRATEGIES
 from shared import needs_shared
 from small import GPT2, LLAMA, build, experiment, final, finish, furthest
 
@@ -283,3 +285,9 @@ def test_labels_of_the_public_set_change_the_result_only_if_shown(labelled: bool
         experiment(strategy={"kind": "logits"}, public={"size": 12, "labelled": labelled})
     )
     assert (furthest(plain, other) > 0) == labelled
+
+
+def test_the_table_names_every_strategy_of_the_experiment_file() -> None:
+    options = get_args(get_args(ex.Strategy)[0])
+    kinds = {option.model_fields["kind"].default for option in options}
+    assert set(STRATEGIES) == kinds

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from fedllm import experiment as ex
 from fedllm.data.examples import Examples
-from fedllm.errors import FedllmError
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.activations import Activations
 from fedllm.strategies.base import ServerState, Setup, Site, Strategy
@@ -12,7 +14,9 @@ from fedllm.strategies.bounds import Standalone
 from fedllm.strategies.logits import Logits
 from fedllm.strategies.parameters import Parameters
 
-STRATEGIES = {
+# Each is made from its section of the experiment file, the setup, the server's model and the
+# public set (None: there is none).
+STRATEGIES: dict[str, Callable[[Any, Setup, LanguageModel, Examples | None], Strategy]] = {
     "parameters": Parameters,
     "logits": Logits,
     "activations": Activations,
@@ -25,17 +29,7 @@ def build(
     options: ex.Strategy, setup: Setup, model: LanguageModel, public: Examples | None
 ) -> Strategy:
     """The strategy that these options describe."""
-    if isinstance(options, ex.Parameters):
-        return Parameters(options, setup, model)
-    if isinstance(options, ex.Logits):
-        if public is None or not len(public):
-            raise FedllmError(
-                "strategy.kind = 'logits': there is no public set; set public.size or public.source"
-            )
-        return Logits(options, setup, model, public)
-    if isinstance(options, ex.Activations):
-        return Activations(options, setup, model)
-    return Standalone(options, setup)
+    return STRATEGIES[options.kind](options, setup, model, public)
 
 
 __all__ = ["STRATEGIES", "ServerState", "Setup", "Site", "Strategy", "build"]

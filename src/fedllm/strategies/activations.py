@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.aggregation import RULES
+from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
 from fedllm.exchange import Exchange
 from fedllm.message import Failure, Message, Role, of_role
@@ -163,7 +164,10 @@ class Activations:
 
     evaluates_clients = False
 
-    def __init__(self, options: ex.Activations, setup: Setup, model: LanguageModel) -> None:
+    def __init__(
+        self, options: ex.Activations, setup: Setup, model: LanguageModel,
+        public: Examples | None = None,
+    ) -> None:  # fmt: skip
         """Cut the model. Raises FedllmError where it cannot be cut as asked."""
         self.options, self.setup, self.model = options, setup, model
         self.cut = check_cut(options, model)

@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from fedllm import experiment as ex
+from fedllm.data.examples import Examples
 from fedllm.exchange import Exchange
 from fedllm.message import Message
+from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss
 
 
@@ -22,7 +24,10 @@ class Standalone:
 
     evaluates_clients = True
 
-    def __init__(self, options: ex.Standalone | ex.Centralized, setup: Setup) -> None:
+    def __init__(
+        self, options: ex.Standalone | ex.Centralized, setup: Setup, model: LanguageModel,
+        public: Examples | None = None,
+    ) -> None:  # fmt: skip
         """options.steps: optimizer steps of each client over all rounds, in order of names."""
         self.steps = options.steps if isinstance(options, ex.Standalone) else ()
         # One long training: its optimizer goes on from round to round

@@ -35,9 +35,13 @@ class Logits:
     evaluates_clients = True
 
     def __init__(
-        self, options: ex.Logits, setup: Setup, model: LanguageModel, public: Examples
+        self, options: ex.Logits, setup: Setup, model: LanguageModel, public: Examples | None
     ) -> None:
-        """``model``: the server's.  ``public``: rows that everybody has."""
+        """``model``: the server's.  ``public``: rows that everybody has; FedllmError without."""
+        if public is None or not len(public):
+            raise FedllmError(
+                "strategy.kind = 'logits': there is no public set; set public.size or public.source"
+            )
         self.options, self.setup, self.model, self.public = options, setup, model, public
         self.rule = RULES[options.knowledge]
         self.tasks: Tasks = {"know": self.know, "digest": self.digest, "receive": self.receive}

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedllm import experiment as ex
 from fedllm.aggregation import RULES
+from fedllm.data.examples import Examples
 from fedllm.exchange import Exchange
 from fedllm.message import Message, Role, of_role
 from fedllm.models.loading import LanguageModel
@@ -20,7 +21,10 @@ class Parameters:
 
     evaluates_clients = False
 
-    def __init__(self, options: ex.Parameters, setup: Setup, model: LanguageModel) -> None:
+    def __init__(
+        self, options: ex.Parameters, setup: Setup, model: LanguageModel,
+        public: Examples | None = None,
+    ) -> None:  # fmt: skip
         """``model``: gives the tunables their first values."""
         self.options, self.setup, self.model = options, setup, model
         self.rule = RULES[options.aggregation]

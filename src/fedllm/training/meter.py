@@ -87,24 +87,26 @@ class Meter:
     """
 
     def __init__(
-        self, measured: Measured | None = None, tick: Callable[[int], None] | None = None
-    ) -> None:
-        """``tick`` hears of every batch's rows, for a progress bar."""
+        self, measured: Measured | None = None, tick: Callable[[int], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
+        """``tick`` hears of every batch's rows, for a progress bar.  clock: seconds."""
         self.steps: dict[str, Cost] = {}
         self._overhead = 0.0
         self.measured = measured or Measured()
         self.tick = tick or (lambda rows: None)
+        self.clock = clock
 
     @contextmanager
     def step(self, name: str) -> Iterator[Cost]:
         """Time a step; the body adds the rest to the Cost it is given."""
         cost = self.steps.setdefault(name, Cost())
-        start = time.perf_counter()
+        start = self.clock()
         self._overhead = 0.0
         try:
             yield cost
         finally:
-            cost.seconds += max(time.perf_counter() - start - self._overhead, 0.0)
+            cost.seconds += max(self.clock() - start - self._overhead, 0.0)
 
     def take(self) -> dict[str, Fact]:
         """All costs as facts of a reply, ``cost.<step>.<field>``; the meter starts anew."""
@@ -129,9 +131,9 @@ class Meter:
         length = batch.x.shape[1]
         if core.part not in ("whole", "client"):
             length -= core.prompt_tokens  # hidden states hold the prompt, tokens do not
-        start = time.perf_counter()
+        start = self.clock()
         found = counter(batch.rows, length, batch.selected, backward, input_grad)
-        self._overhead += time.perf_counter() - start
+        self._overhead += self.clock() - start
         return found
 
     @contextmanager
@@ -146,10 +148,10 @@ class Meter:
             )
             return
         mode = LiveBytes() if key not in self.measured.peaks else nullcontext()
-        start = time.perf_counter()
+        start = self.clock()
         with mode:
             yield
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
         cells, spent = self.measured.pace.get(key[:2], (0, 0.0))
         size = batch.rows * batch.x.shape[1]
         if isinstance(mode, LiveBytes):

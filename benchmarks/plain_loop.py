@@ -82,7 +82,7 @@ def losses(spec: ex.Experiment) -> float:
     for rows in plan.rows(0)[:20]:
         batch = plan.batch(rows)
         ours = F.cross_entropy(
-            site.model.whole.apply_to(learner.params, batch.x, batch.lengths), batch.targets
+            site.model.whole.apply_to(learner.params, batch.inputs), batch.targets
         )
         ours.backward()
         learner.step(0.0)

@@ -156,8 +156,8 @@ MEANING = {
     "simulation.test_examples": "rows drawn from `test` in all; without it all",
     "simulation.test_fraction": "held-out part of each client's rows where there is no `test`",
     "simulation.validation": "part of each client's training rows set aside for validation",
-    "simulation.cohort": "most clients handed to the worker in one call; it works through them "
-                         "one by one",
+    "simulation.cohort": "most clients that train side by side in one pass over the base; without "
+                         "it as many as memory allows, at most 256",
     "compare.strategies": "which strategies run",
     "compare.bounds": "which bounds run",
     "compare.parameters": "options as in `[strategy]` with this kind",

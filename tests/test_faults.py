@@ -8,6 +8,7 @@ import torch
 from fedllm.errors import FedllmError
 from fedllm.message import Failure, Message
 from fedllm.round import Federation
+from fedllm.training.cohort import Tasked
 from small import GPT2, build, experiment, finish
 
 STRATEGIES: list[dict[str, Any]] = [
@@ -27,14 +28,14 @@ def break_down(built: Federation, task: str, client: str = "client-2") -> None:
     honest = strategy.tasks[task]
     calls = 0
 
-    def broken(site: Any, message: Message) -> Message:
+    def broken(site: Any, message: Message) -> Tasked[Message]:
         nonlocal calls
         if site.name == client:
             calls += 1
             if calls > (task in ("forward", "backward", "head")):
                 raise RuntimeError("out of cheese")
-        reply: Message = honest(site, message)
-        return reply
+        reply = honest(site, message)
+        return reply if isinstance(reply, Message) else (yield from reply)
 
     strategy.tasks = {**strategy.tasks, task: broken}
 

@@ -3,10 +3,15 @@
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
 from fedllm.models.flops import FlopCounter
 from fedllm.training.batches import Batch, collate
-from fedllm.training.meter import Cost, Meter
+from fedllm.training.cohort import alone
+from fedllm.training.meter import Cost, LiveBytes, Member, Meter, passing
 from small import build, experiment
 
 
@@ -27,8 +32,7 @@ def clock() -> Clock:
 
 def test_counting_flops_is_not_charged(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     site = build(experiment()).worker.sites["client-1"]
-    meter = Meter(clock=clock)
-    batch = collate(site.train, [0, 1])
+    meter = site.meter = Meter(clock=clock)
     count = FlopCounter.__call__
 
     def slow(self: FlopCounter, *args: Any) -> int:
@@ -36,10 +40,11 @@ def test_counting_flops_is_not_charged(clock: Clock, monkeypatch: pytest.MonkeyP
         return count(self, *args)
 
     monkeypatch.setattr(FlopCounter, "__call__", slow)
-    with meter.step("a2") as cost:
-        clock.now += 3
-        assert meter.flops(site.model, site.model.whole, batch, True) > 0
-    assert cost.seconds == 3
+    site.round = 1
+    alone(site.fine_tune(site.model.initial, "a2"))
+    assert clock.now >= 100
+    assert meter.cost("a2").flops > 0
+    assert meter.cost("a2").seconds == 0
 
 
 def test_a_measured_pass_is_charged_as_an_unmeasured_one(clock: Clock) -> None:
@@ -47,11 +52,14 @@ def test_a_measured_pass_is_charged_as_an_unmeasured_one(clock: Clock) -> None:
     core, meter = site.model.whole, Meter(clock=clock)
 
     def one_pass(batch: Batch, seconds: float) -> float:
-        with meter.step("a2") as cost:
-            before = cost.seconds
-            with meter.memory(cost, core, batch, "train", 0):
-                clock.now += seconds
-        return cost.seconds - before
+        cost = Cost()
+
+        def pass_alone(member: Member) -> None:
+            raise AssertionError("a pass of one member measures itself")
+
+        with passing(core, "train", [Member(meter, cost, batch, 0)], pass_alone):
+            clock.now += seconds
+        return cost.seconds
 
     two, four = collate(site.train, [0, 1], 48), collate(site.train, [0, 1, 2, 3], 48)
     one_pass(two, 50)  # nothing is known yet of how long it takes without measuring
@@ -60,13 +68,31 @@ def test_a_measured_pass_is_charged_as_an_unmeasured_one(clock: Clock) -> None:
     assert one_pass(four, 7) == 7
 
 
-def test_what_was_held_before_counts_for_the_peak() -> None:
+def test_a_pass_of_many_is_charged_by_tokens_and_its_probes_to_nobody(clock: Clock) -> None:
     site = build(experiment()).worker.sites["client-1"]
-    batch = collate(site.train, [0, 1], 20)
-    peaks = []
-    for held in (0, 1000):
-        cost = Cost()
-        with site.meter.memory(cost, site.model.whole, batch, "train", held):
-            pass
-        peaks.append(cost.peak_memory)
-    assert peaks[1] - peaks[0] == 1000
+    meter = Meter(clock=clock)
+    batches = [collate(site.train, [0, 1]), collate(site.train, [2])]
+    members = [Member(meter, Cost(), batch, 1000 * n) for n, batch in enumerate(batches)]
+    probed = []
+
+    def pass_alone(member: Member) -> Tensor:
+        clock.now += 100
+        probed.append(member)
+        return torch.zeros(10 * member.batch.rows)
+
+    with passing(site.model.whole, "train", members, pass_alone):
+        clock.now += 6
+    assert probed == members
+    assert sum(member.cost.seconds for member in members) == pytest.approx(6)
+    shares = [member.cost.seconds / member.batch.tokens for member in members]
+    assert shares[0] == pytest.approx(shares[1])
+    assert [member.cost.peak_memory for member in members] == [80, 1000 + 40]
+
+
+@given(rows=st.integers(1, 50), times=st.integers(1, 9))
+def test_live_bytes_are_what_is_alive(rows: int, times: int) -> None:
+    with LiveBytes() as counter:
+        kept = [torch.zeros(rows) for _ in range(times)]
+        del kept[times // 2 :]
+    assert counter.peak == 4 * rows * times
+    assert counter.live == 4 * rows * (times // 2)

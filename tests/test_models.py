@@ -16,6 +16,7 @@ from fedllm import experiment as ex
 from fedllm import federation
 from fedllm.errors import FedllmError
 from fedllm.models.flops import FlopCounter, count
+from fedllm.models.inputs import Inputs
 from fedllm.models.loading import LanguageModel, load, source_of
 from fedllm.predict import export, open_run, predict
 from shared import needs_shared
@@ -54,10 +55,10 @@ def test_our_forward_is_the_librarys(name: str) -> None:
     plain.load_state_dict(head, strict=False)
     for row, length in zip(X, LENGTHS.tolist(), strict=True):
         theirs = plain(input_ids=row[None, :length]).logits[0]
-        ours = found.whole.apply_to(found.initial, row[None, :length])[0]
+        ours = found.whole.apply_to(found.initial, Inputs.of(row[None, :length]))[0]
         assert torch.allclose(ours, theirs, atol=1e-5)
-    both = found.whole.apply_to(found.initial, X, LENGTHS)
-    one = found.whole.apply_to(found.initial, X[1:, :4])
+    both = found.whole.apply_to(found.initial, Inputs.of(X, LENGTHS))
+    one = found.whole.apply_to(found.initial, Inputs.of(X[1:, :4]))
     assert torch.allclose(both[1], one[0], atol=1e-5)
 
 
@@ -67,7 +68,7 @@ def test_token_logits_are_the_librarys_at_the_selected_places(name: str) -> None
     plain = AutoModelForCausalLM.from_pretrained(source_of(name), dtype=torch.float32).eval()
     theirs = plain(input_ids=X[:1]).logits[0]
     select = torch.tensor([0, 3, 5])
-    ours = found.whole.apply_to(found.initial, X[:1], None, select)
+    ours = found.whole.apply_to(found.initial, Inputs.of(X[:1], None, select))
     assert torch.allclose(ours, theirs[select], atol=1e-4)
 
 
@@ -78,8 +79,8 @@ def test_the_start_is_the_base_exactly(name: str, spec: Any) -> None:
     changed = loaded(name, spec)
     plain = loaded(name, ex.Full())
     head = {n: t for n, t in changed.initial.items() if n in changed.head}
-    ours = changed.whole.apply_to(changed.initial, X, LENGTHS)
-    theirs = plain.whole.apply_to({**plain.initial, **head}, X, LENGTHS)
+    ours = changed.whole.apply_to(changed.initial, Inputs.of(X, LENGTHS))
+    theirs = plain.whole.apply_to({**plain.initial, **head}, Inputs.of(X, LENGTHS))
     assert torch.equal(ours, theirs) or torch.allclose(ours, theirs, atol=1e-6)
 
 
@@ -96,8 +97,8 @@ def test_padding_and_gradients_of_every_tunable(name: str, spec: Any) -> None:
         n: (t + 0.02 * torch.randn(t.shape, generator=noise)).requires_grad_(True)
         for n, t in found.initial.items()
     }
-    both = found.whole.apply_to(params, X, LENGTHS)
-    one = found.whole.apply_to(params, X[1:, :4])
+    both = found.whole.apply_to(params, Inputs.of(X, LENGTHS))
+    one = found.whole.apply_to(params, Inputs.of(X[1:, :4]))
     assert torch.allclose(both[1], one[0], atol=1e-4)
     both.square().sum().backward()  # type: ignore[no-untyped-call]
     without = [n for n, p in params.items() if p.grad is None]
@@ -152,9 +153,9 @@ def test_flops_by_parabola_are_those_counted(name: str, task: str, part: Any) ->
     trained = frozenset(found.initial)
     selected = 20 if task == "generation" and part != "client" else 0
     server = part == "server"
-    ours = FlopCounter(core, trained)(3, 37, selected, True, server)
+    ours = FlopCounter(core, trained)([(3, 37)], selected, True, server)
     assert ours == count(core, trained, 37, 3, selected, True, server)
-    assert FlopCounter(core, trained)(3, 37, selected, False) < ours
+    assert FlopCounter(core, trained)([(3, 37)], selected, False) < ours
 
 
 def test_flops_of_a_known_layer() -> None:
@@ -205,7 +206,7 @@ def folder_of(tmp_path: Path, name: str, tunables: dict[str, Any], **sections: A
 
 def ours(folder: Path, client: str | None = None) -> torch.Tensor:
     _, found, tunables, _ = open_run(folder, client)
-    return found.whole.apply_to(tunables, X[:1]).detach()
+    return found.whole.apply_to(tunables, Inputs.of(X[:1])).detach()
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -294,7 +294,7 @@ class Simulation(Section):
     test_examples: Positive | None = None
     test_fraction: Fraction = 0.2
     validation: Fraction = 0.0
-    cohort: Positive = 16
+    cohort: Positive | None = None
 
 
 StrategyName = Literal["parameters", "logits", "activations"]

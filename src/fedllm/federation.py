@@ -28,6 +28,7 @@ from fedllm.models.loading import LanguageModel, load, load_config, load_tokeniz
 from fedllm.round import Federation
 from fedllm.strategies import ServerState, Setup, Site, build
 from fedllm.summary import summarize, variant
+from fedllm.training.cohort import cohort_size, stackable
 from fedllm.training.meter import Measured, Meter
 from fedllm.transport.local import Local
 from fedllm.worker import Worker
@@ -225,7 +226,14 @@ def assemble(
         sites[name] = site
     worker = Worker(sites, strategy, run, model.base_hash, prepared.tokenizer)
     endpoint = Endpoint(worker.handle, exchange_spec.codecs)  # type: ignore[arg-type]
-    transport = Local(list(sites), endpoint, experiment.simulation.cohort)
+    size = experiment.simulation.cohort or cohort_size(model, experiment.training)
+    if len(sites) > 1 and not stackable(model, experiment.training):
+        listener.note(
+            "clients train one by one: one pass for many needs tunables of their own beside a "
+            f"frozen base without dropout (here tunables.kind = {experiment.tunables.kind!r}, "
+            f"training.base_dropout = {str(experiment.training.base_dropout).lower()})"
+        )
+    transport = Local(list(sites), endpoint, size)
     exchange = Exchange(
         transport, ledger, run, model.base_hash, exchange_spec.codecs,  # type: ignore[arg-type]
         exchange_spec.minimum_replies, listener.step, prepared.measured,

@@ -14,6 +14,7 @@ from fedllm.data import sources
 from fedllm.data.examples import Encoder
 from fedllm.errors import FedllmError, nearest
 from fedllm.models import export as adapters
+from fedllm.models.inputs import Inputs
 from fedllm.models.loading import LanguageModel, load, load_config, load_tokenizer
 from fedllm.training.evaluate import generate
 
@@ -90,7 +91,7 @@ def predict(
             row = {data.text: text, data.label: data.labels[0]}
             ids = torch.from_numpy(encode([row], "--text").ids[0])[None]
             with torch.no_grad():
-                chances = model.whole.apply_to(tunables, ids).softmax(-1)[0]
+                chances = model.whole.apply_to(tunables, Inputs.of(ids)).softmax(-1)[0]
             best = int(chances.argmax())
             yield {"text": text, "label": data.labels[best], "probability": float(chances[best])}
         else:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_of(*purpose: object) -> int:
@@ -20,12 +24,19 @@ def stream(*purpose: object) -> np.random.Generator:
     return np.random.default_rng(seed_of(*purpose))
 
 
+def generator(device: torch.device, *purpose: object) -> torch.Generator:
+    """A torch generator for this purpose."""
+    import torch
+
+    return torch.Generator(device).manual_seed(seed_of(*purpose))
+
+
 @contextmanager
 def torch_stream(*purpose: object) -> Iterator[None]:
     """
     Inside, torch draws from this purpose's stream; outside, its state is untouched.
 
-    torch offers no generator argument for dropout or for a library's own initialization.
+    For a library's own initialization and dropout, which take no generator.
     """
     import torch
 

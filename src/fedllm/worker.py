@@ -12,6 +12,7 @@ from torch import Tensor
 from fedllm.errors import FedllmError
 from fedllm.message import Failure, Message, Role, of_role
 from fedllm.strategies.base import Site, Strategy
+from fedllm.training.cohort import Tasked, together
 from fedllm.training.evaluate import generate, rouge_l, statistics
 
 LOG = logging.getLogger(__name__)
@@ -39,11 +40,19 @@ class Worker:
 
     def handle(self, messages: Mapping[str, Message]) -> dict[str, Message | Failure]:
         """Answer each client's message; one client's fault leaves the others untouched."""
-        return {client: self._one(client, message) for client, message in messages.items()}
+        replies = {client: self._known(client, message) for client, message in messages.items()}
+        tasks = {}
+        for client, reply in replies.items():
+            if reply is None:
+                self._open(self.sites[client], messages[client])
+                tasks[client] = self._answer(self.sites[client], messages[client])
+        for client, result in together(tasks).items():
+            replies[client] = self._finish(client, messages[client], result)
+        return {client: reply for client, reply in replies.items() if reply is not None}
 
-    def _one(self, client: str, message: Message) -> Message | Failure:
-        site = self.sites.get(client)
-        if site is None:
+    def _known(self, client: str, message: Message) -> Message | Failure | None:
+        """The answer to what is refused, or was answered before."""
+        if client not in self.sites:
             return Failure(client, message.step, "no such client here")
         if message.run != self.run:
             return Failure(client, message.step, f"asked by another run ({message.run!r})")
@@ -53,26 +62,30 @@ class Worker:
                 f"the server's base model differs (hash {message.base}, here {self.base})",
             )  # fmt: skip
         last = self._last.get(client)
-        if last is not None and last[0] == message.id:
-            return last[1]
-        self._open(site, message)
-        try:
-            if message.task == "evaluate":
-                reply: Message | Failure = self._evaluate(site, message)
-            else:
-                task = self.strategy.tasks.get(message.task)
-                if task is None:
-                    raise FedllmError(f"this strategy has no task {message.task!r}")
-                reply = task(site, message)
-        except FedllmError as error:
-            site.meter.take()
-            reply = Failure(client, message.step, str(error))
-        except Exception as error:  # the boundary of a client: its fault is named, not spread
-            site.meter.take()
-            LOG.debug("client %s, step %s", client, message.step, exc_info=error)
-            reply = Failure(client, message.step, f"{type(error).__name__}: {error}")
-        if isinstance(reply, Message):
-            reply.facts.update(site.meter.take())
+        return last[1] if last is not None and last[0] == message.id else None
+
+    def _answer(self, site: Site, message: Message) -> Tasked[Message]:
+        if message.task == "evaluate":
+            return (yield from self._evaluate(site, message))
+        task = self.strategy.tasks.get(message.task)
+        if task is None:
+            raise FedllmError(f"this strategy has no task {message.task!r}")
+        reply = task(site, message)
+        return reply if isinstance(reply, Message) else (yield from reply)
+
+    def _finish(
+        self, client: str, message: Message, result: Message | Exception
+    ) -> Message | Failure:
+        """Add what the answer cost, or name the fault; kept in case it is asked for again."""
+        costs = self.sites[client].meter.take()
+        if isinstance(result, Message):
+            result.facts.update(costs)
+            reply: Message | Failure = result
+        elif isinstance(result, FedllmError):
+            reply = Failure(client, message.step, str(result))
+        else:
+            LOG.debug("client %s, step %s", client, message.step, exc_info=result)
+            reply = Failure(client, message.step, f"{type(result).__name__}: {result}")
         self._last[client] = (message.id, reply)
         return reply
 
@@ -89,7 +102,7 @@ class Worker:
         site.round = message.round
         self._attempt[site.name] = now
 
-    def _evaluate(self, site: Site, message: Message) -> Message:
+    def _evaluate(self, site: Site, message: Message) -> Tasked[Message]:
         """Sums over the client's held-out rows: of the candidate, or of its own model."""
         own = message.facts["model"] == "own"
         model, test = site.model, site.test
@@ -99,9 +112,9 @@ class Worker:
         if own or not self.strategy.evaluates_clients:
             tunables = {**self.strategy.own(site), **tunables}
         settings = site.setup.evaluation
-        with site.meter.step("eval") as cost:
-            sums = statistics(model, tunables, test, settings.batch_size, site.meter, cost)
-            if settings.rouge_examples and test.prompts:
+        sums = yield from statistics(model, tunables, test, settings.batch_size, site.meter, "eval")
+        if settings.rouge_examples and test.prompts:
+            with site.meter.step("eval"):
                 sums |= self._rouge(site, model, tunables)
         return Message("eval", tensors=sums, roles=of_role(Role.STATISTIC, sums))
 

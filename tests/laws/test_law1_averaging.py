@@ -77,10 +77,8 @@ def test_one_client_is_a_plain_peft_loop(name: str) -> None:
         inner[match[0]].copy_(value)
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.01)
     for batch in site.plan(site.train, "private").between(0, 6):
-        length = batch.x.shape[1]
-        real = batch.lengths if batch.lengths is not None else torch.full((batch.rows,), length)
-        mask = (torch.arange(length) < real[:, None]).long()
-        x = batch.x
+        x = batch.inputs.x.view(batch.rows, -1)
+        mask = batch.inputs.real().view_as(x).long()
         if name != BERT:  # a decoder of the library finds the last token by its padding id
             x = torch.where(mask.bool() & (x == 0), torch.ones_like(x), x)
         loss = F.cross_entropy(plain(input_ids=x, attention_mask=mask).logits, batch.targets)

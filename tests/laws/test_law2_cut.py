@@ -15,12 +15,11 @@ def gradients(
     model: LanguageModel, cores: list[Core], batch: Any, tunables: dict[str, torch.Tensor]
 ) -> tuple[float, dict[str, torch.Tensor]]:
     params = {n: t.clone().requires_grad_(True) for n, t in tunables.items()}
-    x = batch.x
+    inputs = batch.inputs
     for core in cores:
-        x = core.apply_to(
-            {n: params[n] for n in model.tunables_of(core)}, x, batch.lengths, batch.select
-        )
-    loss = cross_entropy(x, batch)
+        mine = {n: params[n] for n in model.tunables_of(core)}
+        inputs = inputs.after(core.apply_to(mine, inputs))
+    loss = cross_entropy(inputs.x, batch.targets, batch.places).mean()
     loss.backward()  # type: ignore[no-untyped-call]
     return float(loss), {n: p.grad for n, p in params.items() if p.grad is not None}
 

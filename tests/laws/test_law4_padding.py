@@ -19,8 +19,8 @@ def test_padding_changes_nothing(name: str, task: str) -> None:
     def found(pad_to: int | None, rows: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
         params = {n: t.clone().requires_grad_(True) for n, t in model.initial.items()}
         batch = collate(site.train, rows, pad_to)
-        logits = model.whole.apply_to(params, batch.x, batch.lengths, batch.select)
-        loss = cross_entropy(logits, batch)
+        logits = model.whole.apply_to(params, batch.inputs)
+        loss = cross_entropy(logits, batch.targets, batch.places).mean()
         loss.backward()
         # LoRA's A has no gradient before B moves
         return float(loss), {n: p.grad for n, p in params.items() if p.grad is not None}

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedllm.aggregation import RULES
 from fedllm.errors import FedllmError
 from fedllm.message import Message
+from fedllm.training.cohort import Tasked
 from small import GPT2, build, experiment, finish
 
 rules = pytest.mark.parametrize("name", sorted(RULES))
@@ -71,8 +72,8 @@ def _poison(built: object, client: str) -> None:
     strategy = built.strategy  # type: ignore[attr-defined]
     honest = strategy.tasks["train"]
 
-    def train(site: object, message: Message) -> Message:
-        reply: Message = honest(site, message)
+    def train(site: object, message: Message) -> Tasked[Message]:
+        reply: Message = yield from honest(site, message)
         if site.name == client:  # type: ignore[attr-defined]
             first = next(iter(reply.tensors))
             reply.tensors[first] = reply.tensors[first] * float("nan")

@@ -9,13 +9,18 @@ those of the whole. Modules are shared, never copied.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from fedllm.models.attention import Layout
 from fedllm.models.families import Family
+from fedllm.models.inputs import Inputs
+from fedllm.models.slots import Slots
 
 Part = Literal["whole", "client", "server", "body", "tail"]
 
@@ -70,6 +75,8 @@ class Core(nn.Module):
     ``whole``: tokens -> logits.  ``client``: tokens -> hidden states after ``cut`` blocks.
     ``server``: hidden states -> logits.  With the head at the client, ``body`` is the server's
     part (hidden -> hidden) and ``tail`` the client's second part (hidden -> logits).
+
+    Many clients' inputs may lie side by side (``Inputs.slots``) with their tunables stacked.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class Core(nn.Module):
         prompt: Any = None,
         prefix: Any = None,
         name: str = "",
+        slots: Slots | None = None,
     ) -> None:
         """``decoder_head``: logits of tokens; otherwise logits of classes.  name: of the model."""
         super().__init__()
@@ -95,27 +103,65 @@ class Core(nn.Module):
         self.prompt = prompt if starts else None
         self.prefix = prefix
         self.prompt_tokens = 0 if prompt is None else prompt.embedding.num_embeddings
+        self.slots = slots or Slots()
+        self._places: dict[str, list[tuple[dict[str, Any], str]]] | None = None
 
-    def forward(
-        self, x: Tensor, lengths: Tensor | None = None, select: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         """
         Run this part.
 
-        x: tokens [batch, length] or hidden states [batch, (prompt +) length, width].
-        lengths: real tokens of each row [batch], without the prompt; None: all are full.
-        select: indices into the flattened [batch * length] tokens whose logits are wanted
-        (token logits only). Returns hidden states, logits [batch, classes], or token logits
-        [selected, vocabulary].
+        Returns hidden states [cells, width] with the virtual tokens' before each row's own,
+        logits [rows, classes], or token logits [selected, vocabulary] (of all cells where
+        ``inputs.select`` is None).
         """
-        if self.family is None:
-            return self._plain(x, lengths, select)
-        hidden = x if self.part == "tail" else self._blocks(x, lengths)
-        return hidden if self.part in ("client", "body") else self._head(hidden, lengths, select)
+        found = self.features(inputs)
+        return found if self.part in ("client", "body") else self.scores(found)
 
-    def _plain(self, x: Tensor, lengths: Tensor | None, select: Tensor | None) -> Tensor:
+    def features(self, inputs: Inputs) -> Tensor:
+        """Hidden states, or of them only those that ``scores`` turns into logits."""
+        if self.family is None:
+            return self._plain(inputs)
+        hidden = inputs.x if self.part == "tail" else self._blocks(inputs)
+        if self.part in ("client", "body"):
+            return hidden
+        if self.part == "tail" and self.family.norm is not None:
+            norm = f"{self.family.backbone}.{self.family.norm}"
+            hidden = self.model.get_submodule(norm)(hidden)
+        extra = self.prompt_tokens
+        self.slots.sizes = tuple(sum(r for r, _ in part) for part in inputs.parts)
+        if not self.decoder_head:
+            places = inputs.starts(extra)
+            if self.family.decoder:
+                lengths = inputs.full_lengths()
+                last = torch.from_numpy(places + extra - 1).to(lengths.device) + lengths
+                return hidden[last]
+            return hidden[torch.from_numpy(places).to(hidden.device)]
+        if not extra:
+            return hidden if inputs.select is None else hidden[inputs.select]
+        row = np.repeat(np.arange(inputs.rows), inputs.width_of_rows)
+        cells = np.arange(inputs.cells) + extra * (row + 1)
+        index = torch.from_numpy(cells).to(hidden.device)
+        return hidden[index if inputs.select is None else index[inputs.select]]
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Features [units, width] -> logits [units, outputs]."""
+        if self.family is None:
+            return features
+        if self.decoder_head:
+            logits: Tensor = self.model.lm_head(features)
+            return logits
+        if not self.family.decoder:
+            features = self.model.dropout(self.model.bert.pooler.pool(features))
+        scores: Tensor = self.model.get_submodule(self.family.head)(features)
+        return scores
+
+    def _plain(self, inputs: Inputs) -> Tensor:
         """Any other architecture: its own forward pass, as the library wrote it."""
-        mask = _mask(x.shape[1], lengths)
+        ((rows, length),) = inputs.blocks
+        x = inputs.x.view(rows, length)
+        mask = None
+        if inputs.lengths is not None:
+            mask = (torch.arange(length, device=x.device) < inputs.lengths[:, None]).long()
         if mask is not None and self.model.config.pad_token_id is not None:
             # a classifier of the library finds a row's last token by its padding
             x = torch.where(mask.bool(), x, self.model.config.pad_token_id)
@@ -123,81 +169,105 @@ class Core(nn.Module):
         if not self.decoder_head:
             return logits
         flat = logits.reshape(-1, logits.shape[-1])
-        return flat if select is None else flat[select]
+        return flat if inputs.select is None else flat[inputs.select]
 
-    def _blocks(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+    def _blocks(self, inputs: Inputs) -> Tensor:
         assert self.family is not None
-        backbone = self.model.get_submodule(self.family.backbone)
-        inputs: dict[str, Any] = {}
-        if self.prompt is not None:
-            prompt = self.prompt.embedding.weight
-            words = self.model.get_input_embeddings()(x)
-            inputs["inputs_embeds"] = torch.cat([prompt.expand(len(x), -1, -1), words], dim=1)
-        elif x.is_floating_point():
-            inputs["inputs_embeds"] = x
-        else:
-            inputs["input_ids"] = x
         extra = self.prompt_tokens
-        if self.prefix is not None:
-            inputs["past_key_values"], extra = self._past(len(x))
-        length = x.shape[1] + (extra if not x.is_floating_point() else 0)
-        if lengths is not None:
-            inputs["attention_mask"] = _mask(length, lengths + extra)
+        self.slots.sizes = tuple(
+            sum(rows * (length + extra) for rows, length in part) for part in inputs.parts
+        )
+        # the library hands a mask of four dimensions on as it is; ours is in the layout
+        known: dict[str, Any] = {"attention_mask": inputs.x.new_zeros((1, 1, 1, 1))}
+        if not inputs.tokens:
+            known["inputs_embeds"] = inputs.x[None]
+        elif self.prompt is not None:
+            known["inputs_embeds"] = self._prompted(inputs)[None]
+        else:
+            known["input_ids"] = inputs.x[None]
+        layout = Layout(inputs, self.family.decoder, extra, self._past(inputs))
+        positions = inputs.positions(extra, layout.before)
         if self.family.decoder:
-            inputs["use_cache"] = False
-        hidden: Tensor = backbone(**inputs).last_hidden_state
-        return hidden
+            known["use_cache"] = False
+        backbone = self.model.get_submodule(self.family.backbone)
+        hidden: Tensor = backbone(
+            **known, position_ids=positions[None], layout=layout
+        ).last_hidden_state
+        return hidden[0]
 
-    def _past(self, batch: int) -> tuple[Any, int]:
+    def _prompted(self, inputs: Inputs) -> Tensor:
+        """Embedded tokens with each client's soft prompt before every row."""
+        prompt = self.prompt.embedding.weight  # [tokens, width], or one for each slot
+        words = self.model.get_input_embeddings()(inputs.x)
+        parts = iter(torch.split(words, [rows * length for rows, length in inputs.blocks]))
+        whole = []
+        for slot, blocks in enumerate(inputs.parts):
+            own = prompt if prompt.dim() == 2 else prompt[slot]
+            for rows, length in blocks:
+                block = next(parts).view(rows, length, -1)
+                whole.append(torch.cat([own.expand(rows, -1, -1), block], dim=1).flatten(0, 1))
+        return torch.cat(whole)
+
+    def _past(self, inputs: Inputs) -> Tensor | None:
         """PEFT's prefix: one embedding row per virtual token holds every layer's key and value."""
-        from transformers import DynamicCache
-
-        weight = self.prefix.embedding.weight  # [tokens, layers * 2 * kv_heads * head width]
+        if self.prefix is None:
+            return None
+        weight = self.prefix.embedding.weight  # [(slots,) tokens, layers * 2 * heads * width]
         config = self.model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         layers = config.num_hidden_layers
-        tokens = weight.shape[0]
-        past = weight.view(tokens, layers * 2, heads, -1).permute(1, 2, 0, 3)
-        past = past.unsqueeze(1).expand(-1, batch, -1, -1, -1)
-        cache = DynamicCache([(past[2 * i], past[2 * i + 1]) for i in range(layers)])
-        return cache, tokens
+        past = weight.view(-1, weight.shape[-2], layers * 2, heads, weight.shape[-1] // (
+            layers * 2 * heads
+        )).permute(0, 2, 3, 1, 4)  # fmt: skip
+        if len(past) == 1:
+            return past.expand(inputs.rows, -1, -1, -1, -1)
+        rows = torch.tensor([sum(r for r, _ in part) for part in inputs.parts])
+        return past.repeat_interleave(rows.to(past.device), 0)
 
-    def _head(self, hidden: Tensor, lengths: Tensor | None, select: Tensor | None) -> Tensor:
-        assert self.family is not None
-        if self.part == "tail" and self.family.norm is not None:
-            norm = f"{self.family.backbone}.{self.family.norm}"
-            hidden = self.model.get_submodule(norm)(hidden)
-        if self.decoder_head:
-            hidden = hidden[:, self.prompt_tokens :].reshape(-1, hidden.shape[-1])
-            logits: Tensor = self.model.lm_head(hidden if select is None else hidden[select])
-            return logits
-        if self.family.decoder:
-            hidden = hidden[:, self.prompt_tokens :]
-            rows = torch.arange(len(hidden), device=hidden.device)
-            last = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]
-            pooled = last
-        else:
-            pooled = self.model.dropout(self.model.bert.pooler.pool(hidden))
-        scores: Tensor = self.model.get_submodule(self.family.head)(pooled)
-        return scores
+    @contextmanager
+    def holding(
+        self, tunables: Mapping[str, Tensor], draws: Sequence[torch.Generator] = ()
+    ) -> Iterator[Core]:
+        """
+        Inside, these tunables stand in place of the model's own.
+
+        draws: a stream for each client's dropout; none: no dropout. Raises KeyError for a name
+        that this part does not have.
+        """
+        if self._places is None:
+            self._places = _places(self)
+        before = []
+        try:
+            self.slots.draws = draws
+            for name, tensor in tunables.items():
+                for owner, leaf in self._places[name]:
+                    before.append((owner, leaf, owner[leaf]))
+                    owner[leaf] = tensor
+            yield self
+        finally:
+            self.slots.draws = ()
+            for owner, leaf, tensor in reversed(before):
+                owner[leaf] = tensor
 
     def apply_to(
-        self,
-        tunables: dict[str, Tensor],
-        x: Tensor,
-        lengths: Tensor | None = None,
-        select: Tensor | None = None,
+        self, tunables: Mapping[str, Tensor], inputs: Inputs, draws: Sequence[torch.Generator] = ()
     ) -> Tensor:
         """``forward`` with these tunables in place of the model's own (differentiable)."""
-        result: Tensor = functional_call(self, tunables, (x, lengths, select))
-        return result
+        with self.holding(tunables, draws):
+            found: Tensor = self(inputs)
+            return found
 
 
-def _mask(length: int, lengths: Tensor | None) -> Tensor | None:
-    """Real tokens of right-padded rows, [batch, length]; None: no padding."""
-    if lengths is None:
-        return None
-    return (torch.arange(length, device=lengths.device) < lengths[:, None]).long()
+def _places(core: nn.Module) -> dict[str, list[tuple[dict[str, Any], str]]]:
+    """Where each parameter is held; a tied one at several places."""
+    found: dict[str, list[tuple[dict[str, Any], str]]] = {}
+    names: dict[int, str] = {}
+    for path, module in core.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                name = names.setdefault(id(parameter), f"{path}.{leaf}" if path else leaf)
+                found.setdefault(name, []).append((module._parameters, leaf))
+    return found
 
 
 def _changes(model: Any, family: Family, part: Part, cut: int) -> dict[str, nn.Module | None]:
@@ -242,6 +312,6 @@ class Shy(nn.Module):
         """Nothing: the backbone asks too early when the head is elsewhere."""
 
     def pool(self, hidden: Tensor) -> Tensor:
-        """[batch, length, width] -> [batch, width], from the first position as BERT does."""
-        pooled: Tensor = self.get_submodule("activation")(self.get_submodule("dense")(hidden[:, 0]))
+        """First hidden states [rows, width] -> [rows, width]."""
+        pooled: Tensor = self.get_submodule("activation")(self.get_submodule("dense")(hidden))
         return pooled

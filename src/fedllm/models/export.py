@@ -13,6 +13,7 @@ from torch import Tensor
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError
 from fedllm.models.loading import LanguageModel, load_tokenizer, source_of
+from fedllm.models.slots import LoraLinear
 from fedllm.models.tunables import lora_config, virtual_config
 
 WEIGHTS = "adapter_model.safetensors"
@@ -99,8 +100,6 @@ def merge(
 
     ``model`` is used up. Raises FedllmError for tunables that are no change of its own weights.
     """
-    from peft.tuners.lora import LoraLayer
-
     spec = model.spec
     if isinstance(spec, ex.Adapter | ex.Prompt | ex.Prefix):
         raise FedllmError(
@@ -112,9 +111,8 @@ def merge(
         own[name].data.copy_(tensor)
     whole = model.model
     for name, layer in list(whole.named_modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge()
-            whole.set_submodule(name, layer.get_base_layer())
+        if isinstance(layer, LoraLinear):
+            whole.set_submodule(name, layer.merged())
     if labels:
         whole.config.id2label = dict(enumerate(labels))
         whole.config.label2id = {label: index for index, label in enumerate(labels)}

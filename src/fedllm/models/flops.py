@@ -1,7 +1,7 @@
 """
 Floating-point operations, counted by torch on meta tensors: no weights, no arithmetic.
 
-Attention is made eager while counting, because torch counts none for fused attention on a CPU.
+Attention is written out while counting, because torch counts none for fused attention on a CPU.
 Matrix products are linear in the batch and in the number of predicted positions, and quadratic
 in the length (attention). So three lengths are counted and a fourth confirms it; a model of
 which that is not true is counted length by length.
@@ -9,7 +9,7 @@ which that is not true is counted length by length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 
@@ -19,19 +19,9 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedllm.models.core import Core
+from fedllm.models.inputs import Block, Inputs
 
 NODES = (4, 8, 16, 12)  # lengths that are counted; the last one confirms
-
-
-@contextmanager
-def _eager(core: Core) -> Iterator[None]:
-    config = core.model.config
-    before = config._attn_implementation
-    config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 def count(
@@ -48,25 +38,41 @@ def count(
     for name, tensor in [*core.named_parameters(), *core.named_buffers()]:
         meta = torch.empty_like(tensor, device="meta")
         tensors[name] = meta.requires_grad_(backward and name in trained)
+    cells = rows * length
     if core.part in ("whole", "client"):
-        x = torch.zeros((rows, length), dtype=torch.long, device="meta")
+        x = torch.zeros(cells, dtype=torch.long, device="meta")
     else:
         width = core.model.config.hidden_size
-        size = (rows, length + core.prompt_tokens, width)
+        size = (cells + rows * core.prompt_tokens, width)
         x = torch.empty(size, device="meta", requires_grad=input_grad)
     select = None
     if core.decoder_head and core.part not in ("client", "body"):
         select = torch.zeros(selected, dtype=torch.long, device="meta")
     # transformers looks into a decoder's positions when it has no mask, and into an encoder's
     # mask when it has one; meta tensors hold nothing to look into
-    decoder = core.family.decoder if core.family else core.decoder_head
-    lengths = torch.full((rows,), length, device="meta") if decoder else None
+    lengths = None
+    if core.family is None and core.decoder_head:
+        lengths = torch.full((rows,), length, device="meta")
+    inputs = Inputs(x, ((rows, length),), lengths, select)
     counter = FlopCounterMode(display=False)
     with _eager(core), counter, torch.set_grad_enabled(backward):
-        out = functional_call(core, tensors, (x, lengths, select))
+        out = functional_call(core, tensors, (inputs,))
         if backward and out.requires_grad:
             out.sum().backward()
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def _eager(core: Core) -> Iterator[None]:
+    """The library's own attention, written out (ours is so on the meta device)."""
+    config = core.model.config
+    before = config._attn_implementation
+    if core.family is None:
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 class FlopCounter:
@@ -106,15 +112,22 @@ class FlopCounter:
         return int(parabola(length))
 
     def __call__(
-        self, rows: int, length: int, selected: int, backward: bool, input_grad: bool = False
+        self, blocks: Sequence[Block], selected: int, backward: bool, input_grad: bool = False
     ) -> int:
         """
-        FLOPs of a pass over ``rows`` x ``length`` tokens with ``selected`` token logits in all.
+        FLOPs of a pass over blocks of (rows, length) with ``selected`` token logits in all.
 
         ``backward``: forward and backward together.
         """
+        key = (self.core.key, tuple(blocks), bool(selected), backward, input_grad)
+        if key not in self._cache:
+            one = 1 if selected else 0
+            self._cache[key] = sum(
+                rows * self._one(length, one, backward, input_grad) for rows, length in blocks
+            )
         if not selected:
-            return rows * self._one(length, 0, backward, input_grad)
-        one = self._one(length, 1, backward, input_grad)
-        per_token = self._one(length, 2, backward, input_grad) - one
-        return rows * (one - per_token) + selected * per_token
+            return self._cache[key]
+        length = blocks[0][1]
+        once = self._one(length, 1, backward, input_grad)
+        per_token = self._one(length, 2, backward, input_grad) - once
+        return self._cache[key] + (selected - sum(rows for rows, _ in blocks)) * per_token

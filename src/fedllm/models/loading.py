@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError
+from fedllm.models.attention import NAME as BLOCKS
 from fedllm.models.core import Core, Part
 from fedllm.models.families import FAMILIES, Family
+from fedllm.models.slots import Slots, give_slots
 from fedllm.models.tunables import head_names, install
 from fedllm.streams import torch_stream
 
@@ -71,7 +73,8 @@ class LanguageModel:
     A frozen base with its tunables; training happens on dictionaries of tunables outside.
 
     ``initial`` holds the tunables' first values, ``head`` the names of those of the task head.
-    All names are those inside ``Core``, equal in the whole and in its parts.
+    All names are those inside ``Core``, equal in the whole and in its parts.  slots: whose rows
+    lie where during a pass.  stackable: whether many clients' tunables can train in one pass.
     """
 
     name: str
@@ -82,6 +85,8 @@ class LanguageModel:
     head: frozenset[str]
     initial: dict[str, Tensor]
     spec: ex.Tunables
+    slots: Slots = field(default_factory=Slots)
+    stackable: bool = False
     _parts: dict[tuple[Part, int], Core] = field(default_factory=dict)
 
     @property
@@ -112,7 +117,7 @@ class LanguageModel:
         if (part, cut) not in self._parts:
             core = Core(
                 self.model, self.family, not self.classification, part, cut, **self.virtual,
-                name=self.name,
+                name=self.name, slots=self.slots,
             )  # fmt: skip
             core.eval()
             self._parts[part, cut] = core
@@ -123,14 +128,10 @@ class LanguageModel:
         inside = {name for name, _ in core.named_parameters()}
         return sorted(inside & set(self.initial))
 
-    def dropout(self, on: bool, base: bool = False) -> None:
-        """Switch the tunables' own dropout; the frozen base stays in eval mode unless asked."""
-        if base:
-            self.model.train(on)
-            return
-        for name, module in self.model.named_modules():
-            if isinstance(module, torch.nn.Dropout) and ".lora_dropout." in name:
-                module.train(on)
+    @property
+    def draws(self) -> bool:
+        """Whether the tunables have a dropout of their own."""
+        return bool(getattr(self.spec, "dropout", 0.0))
 
     @cached_property
     def base_hash(self) -> str:
@@ -218,9 +219,13 @@ def load(
             f"task.kind = 'generation': {name!r} ({config.model_type}) sees the tokens that it is "
             "to predict; choose a causal language model such as 'openai-community/gpt2'"
         )
+    slots = Slots()
+    stackable = give_slots(model, names, slots) and family is not None
+    if family is not None:
+        model.config._attn_implementation = BLOCKS
     found = LanguageModel(
         name, model, family, classification, dict(virtual),
-        frozenset(f"model.{n}" for n in head), {}, tunables,
+        frozenset(f"model.{n}" for n in head), {}, tunables, slots, stackable,
     )  # fmt: skip
     initial = {}
     for key, parameter in found.whole.named_parameters():

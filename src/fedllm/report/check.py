@@ -15,7 +15,7 @@ from fedllm.models.loading import LanguageModel
 from fedllm.report.tables import amount, size
 from fedllm.round import Federation
 from fedllm.summary import variant
-from fedllm.training.batches import Batch
+from fedllm.training.cohort import Tasked
 from fedllm.training.meter import Meter
 
 
@@ -25,24 +25,28 @@ def _size(examples: Examples) -> ClientSize:
 
 def _speed(federation_: Federation) -> tuple[float, int, float]:
     """(FLOP/s, peak bytes, FLOPs a token) of training, from three real steps of one client."""
-    from fedllm.streams import torch_stream
-    from fedllm.training.learner import Learner, Span, fit
+    from fedllm.training.cohort import Fit, alone
+    from fedllm.training.learner import Span
     from fedllm.training.objectives import cross_entropy
 
     site = next(iter(federation_.worker.sites.values()))
     plan = site.plan(site.train, "check")
-    some: list[Batch] = list(plan.between(0, min(4, plan.per_pass)))
-    learner = Learner(site.model.initial, site.setup.training)
+    number = min(4, plan.per_pass)
     meter = Meter()
     rates = []
-    for batch in [*some, *some]:  # every shape once to count, once to time
-        with meter.step("check") as cost, torch_stream("check"):
-            start, before = time.perf_counter(), cost.flops
-            fit(site.model, site.model.whole, learner, [batch], cross_entropy, steps=1,
-                span=Span(0, 1), purpose=("check",), meter=meter, cost=cost)  # fmt: skip
-            rates.append((cost.flops - before) / (time.perf_counter() - start))
-    tokens = sum(batch.tokens for batch in some) * 2
-    return float(np.median(rates[len(some) :])), cost.peak_memory, cost.flops / tokens
+
+    def steps() -> Tasked[None]:
+        for batch in [*range(number)] * 2:  # every shape once to count, once to time
+            start, before = time.perf_counter(), meter.cost("check").flops
+            yield Fit(
+                site.model, site.model.initial, plan, cross_entropy, site.setup.training, batch,
+                batch + 1, Span(0, 1), meter, "check",
+            )  # fmt: skip
+            rates.append((meter.cost("check").flops - before) / (time.perf_counter() - start))
+
+    alone(steps())
+    cost = meter.cost("check")
+    return float(np.median(rates[number:])), cost.peak_memory, cost.flops / cost.tokens
 
 
 def look(experiment: ex.Experiment) -> dict[str, Any]:

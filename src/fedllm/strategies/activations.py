@@ -13,7 +13,7 @@ Activations travel packed: real tokens only, [tokens, width], with the lengths o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,74 +26,31 @@ from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
 from fedllm.exchange import Exchange
 from fedllm.message import Failure, Message, Role, of_role
-from fedllm.models.core import Core
+from fedllm.models.inputs import Inputs, beside
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks
-from fedllm.streams import torch_stream
 from fedllm.training.batches import Batch
+from fedllm.training.cohort import Backward, Forward, Half, Passed, Tasked, work
 from fedllm.training.learner import Learner, Span
-from fedllm.training.meter import Cost, Meter, held_bytes
 from fedllm.training.objectives import cross_entropy
 
 H, LENGTHS, LABELS, GRAD = "hidden", "lengths", "labels", "gradient"
 IGNORED = -1
 
 
-def unpack_rows(packed: Tensor, lengths: Tensor, width: int = 0) -> Tensor:
-    """
-    [tokens, features] and the rows' lengths -> right-padded [rows, longest, features].
-
-    width: pad to this many tokens at least.
-    """
-    parts = list(torch.split(packed, lengths.tolist()))
-    rows = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-    if rows.shape[1] < width:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, width - rows.shape[1]))
-    return rows.contiguous()
+def unpack_rows(packed: Tensor, inputs: Inputs, extra: int) -> Tensor:
+    """Real cells [tokens, features] -> all cells [cells, features], the padding zero."""
+    if inputs.packed:
+        return packed
+    cells = inputs.cells + extra * inputs.rows
+    rows = torch.zeros((cells, packed.shape[-1]), dtype=packed.dtype, device=packed.device)
+    rows[inputs.real(extra)] = packed
+    return rows
 
 
-def pack_rows(padded: Tensor, lengths: Tensor) -> Tensor:
-    """The inverse: real tokens only."""
-    real = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-    return padded[real]
-
-
-@dataclass
-class Half:
-    """One side's part of the model in training."""
-
-    model: LanguageModel
-    core: Core
-    learner: Learner
-    meter: Meter
-    beside: int = 0  # bytes of further halves that the same side holds
-
-    def forward(self, batch: Batch, purpose: tuple[object, ...], cost: Cost, kind: str) -> Tensor:
-        """Run the part with its dropout on, keeping the graph; counts FLOPs and memory."""
-        self.model.dropout(True, self.learner.training.base_dropout)
-        held = held_bytes(self.core) + self.learner.reserved + self.beside
-        try:
-            with torch_stream(*purpose), self.meter.memory(cost, self.core, batch, kind, held):
-                out = self.core.apply_to(self.learner.params, batch.x, batch.lengths, batch.select)
-        finally:
-            self.model.dropout(False, self.learner.training.base_dropout)
-        cost.flops += self.meter.flops(self.model, self.core, batch, backward=False)
-        cost.examples += batch.rows
-        cost.tokens += batch.tokens
-        return out
-
-    def backward(
-        self, out: Tensor, gradient: Tensor | None, batch: Batch, cost: Cost, kind: str,
-        input_grad: bool,
-    ) -> None:  # fmt: skip
-        """Back-propagate into the tunables (and the input, where it wants a gradient)."""
-        held = held_bytes(self.core) + self.learner.reserved + self.beside
-        held += self.meter.left(self.core, batch, kind)
-        if out.requires_grad:
-            with self.meter.memory(cost, self.core, batch, f"{kind} backward", held):
-                out.backward(gradient)  # type: ignore[no-untyped-call]
-        both = self.meter.flops(self.model, self.core, batch, True, input_grad)
-        cost.flops += both - self.meter.flops(self.model, self.core, batch, False)
+def pack_rows(cells: Tensor, inputs: Inputs, extra: int) -> Tensor:
+    """The inverse: real tokens (and virtual ones) only."""
+    return cells if inputs.packed else cells[inputs.real(extra)]
 
 
 class Alive:
@@ -157,6 +114,27 @@ class Alive:
         total = sum(known) / len(known) * len(self.cohort)
         self._before = max(self._before, min((sum(self.done.values()) - 1) / total, 1.0))
         return self._before
+
+
+@dataclass(eq=False)
+class Turn:
+    """
+    One server half's step on the way: of one client, or of all that are concatenated.
+
+    parts: each client's rows.  weights: units of those who have a say.  goal, gradient: the loss
+    at the server, or the gradient that the clients' heads sent.
+    """
+
+    half: Half
+    clients: list[str]
+    parts: dict[str, Inputs]
+    batch: Batch
+    weights: dict[str, float]
+    forward: Forward
+    passed: Passed = field(init=False)
+    goal: Tensor | None = None
+    gradient: Tensor | None = None
+    loss: float = 0.0
 
 
 class Activations:
@@ -270,104 +248,129 @@ class Activations:
 
         A client gets the gradient of its own mean loss, however many rows others brought.
         """
-        if self.options.server == "concatenated":
-            half = next(iter(halves.values()))
-            return self._together(half, replies, alive, ask, alive.longest())
-        gradients: dict[str, Tensor] = {}
-        losses: list[float] = []
-        for client, reply in replies.items():
-            own = self.options.server == "per-client"
-            done = alive.fraction(client) if own else alive.overall()
-            found, loss = self._together(halves[client], {client: reply}, alive, ask, done)
-            gradients |= found
-            losses.append(loss)
-        return gradients, float(np.mean(losses))
-
-    def _together(
-        self, half: Half, replies: Mapping[str, Message], alive: Alive, ask: Exchange, done: float
-    ) -> tuple[dict[str, Tensor], float]:
-        """One server step on these clients' batches; ``done``: how much of the round is."""
-        device = self.model.model.device
-        weights = {c: float(r.facts["units"]) for c, r in replies.items()}
-        with ask.meter.step("c3") as cost:
-            lengths = torch.cat([r.tensors[LENGTHS].long() for r in replies.values()]).to(device)
-            packed = torch.cat([r.tensors[H] for r in replies.values()]).to(device)
-            batch = self._server_batch(packed, lengths, replies)
-            who = ("server", *sorted(replies))
-            first = next(iter(replies.values()))
-            purpose = (self.setup.seed, ask.round, *who, "dropout", first.facts["number"])
-            out = half.forward(batch, purpose, cost, "train")
-        sizes = {c: int(r.tensors[LENGTHS].sum()) for c, r in replies.items()}
+        whole = self.options.server == "concatenated"
+        groups = [list(replies)] if whole else [[client] for client in replies]
+        turns = [self._turn(halves[group[0]], group, replies, ask) for group in groups]
+        for turn, passed in zip(turns, _all(work([t.forward for t in turns])), strict=True):
+            turn.passed = passed
         if self.home:
-            back = self._ask_heads(pack_rows(out.detach(), lengths), sizes, alive)
-            weights = {c: w for c, w in weights.items() if c in back}
-            total = sum(weights.values())
-            loss = sum(float(b.facts["loss"]) * weights[c] for c, b in back.items()) / total
-            none = torch.zeros((1, out.shape[-1]), device=device)
-            parts = [
-                back[c].tensors[GRAD].to(device) * (weights[c] / total)
-                if c in back
-                else none.expand(sizes[c], -1)  # its head failed: it has no say in this step
-                for c in replies
-            ]
-            gradient: Tensor | None = unpack_rows(torch.cat(parts), lengths, out.shape[1])
-            goal = out
+            self._ask_heads(turns, alive)
         else:
-            total = sum(weights.values())
-            goal, gradient = cross_entropy(out, batch), None
-            loss = float(goal.detach())
-        if not np.isfinite(loss):
-            raise FedllmError(f"round {ask.round}: the loss became {loss}; lower training.rate")
-        with ask.meter.step("c3") as cost:
-            half.backward(goal, gradient, batch, cost, "train", True)
-            half.learner.step(Span(ask.round - 1, self.setup.rounds).at(done))
-            cost.optimizer_steps += 1
-            grad = batch.x.grad
-            packed = pack_rows(torch.zeros_like(batch.x) if grad is None else grad, lengths)
-            split = torch.split(packed, list(sizes.values()))
-            gradients = {
-                client: (part * (total / weights[client])).contiguous()
-                for client, part in zip(replies, split, strict=True)
-                if client in weights
-            }
-        return gradients, loss
+            for turn in turns:
+                with ask.meter.step("c3"):
+                    goal = turn.passed.out
+                    loss = cross_entropy(goal, turn.batch.targets, turn.batch.places).mean()
+                turn.goal, turn.loss = loss, float(loss.detach())
+        turns = [turn for turn in turns if turn.weights]
+        for turn in turns:
+            if not np.isfinite(turn.loss):
+                raise FedllmError(
+                    f"round {ask.round}: the loss became {turn.loss}; lower training.rate"
+                )
+        jobs = [Backward(t.passed, "c3", t.gradient, t.goal) for t in turns]
+        gradients: dict[str, Tensor] = {}
+        for turn, found in zip(turns, _all(work(jobs)), strict=True):
+            if whole:
+                done = alive.longest()
+            elif self.options.server == "per-client":
+                done = alive.fraction(turn.clients[0])
+            else:
+                done = alive.overall()
+            with ask.meter.step("c3") as cost:
+                turn.half.learner.step(Span(ask.round - 1, self.setup.rounds).at(done))
+                cost.optimizer_steps += 1
+                gradients |= self._share(turn, found)
+        return gradients, float(np.mean([turn.loss for turn in turns]))
+
+    def _turn(
+        self, half: Half, clients: list[str], replies: Mapping[str, Message], ask: Exchange
+    ) -> Turn:
+        """One server half's pass over these clients' batches."""
+        mine = {client: replies[client] for client in clients}
+        with ask.meter.step("c3"):
+            batch, parts = self._server_batch(mine)
+        number = mine[clients[0]].facts["number"]
+        purpose = (self.setup.seed, ask.round, "server", *sorted(clients), "dropout", number)
+        weights = {client: float(reply.facts["units"]) for client, reply in mine.items()}
+        return Turn(half, clients, parts, batch, weights, Forward(half, batch, purpose, "c3"))
 
     def _server_batch(
-        self, packed: Tensor, lengths: Tensor, replies: Mapping[str, Message]
-    ) -> Batch:
-        """The activations as the server half takes them; ``lengths`` count the prompt, too."""
-        x = unpack_rows(packed, lengths).requires_grad_(True)
-        prompt = self.server.prompt_tokens
-        real = lengths - prompt
-        width = x.shape[1] - prompt
-        targets = torch.zeros(0, dtype=torch.long, device=x.device)
-        select = None
-        if not self.home:
-            labels = torch.cat([r.tensors[LABELS].long() for r in replies.values()]).to(x.device)
-            targets = labels
-            if not self.model.classification:
-                real_tokens = torch.arange(width, device=x.device) < real[:, None]
-                places = torch.full(real_tokens.shape, IGNORED, device=x.device)
-                places[real_tokens] = labels
-                select = (places.flatten() != IGNORED).nonzero().flatten()
-                targets = places.flatten()[select]
-        full = bool((real == width).all())
-        return Batch(x, None if full else real, select, targets, targets, int(real.sum()))
+        self, replies: Mapping[str, Message]
+    ) -> tuple[Batch, dict[str, Inputs]]:  # fmt: skip
+        """The activations as the server half takes them, and each client's rows alone."""
+        device, extra = self.model.model.device, self.server.prompt_tokens
+        parts: dict[str, Inputs] = {}
+        targets, selects, offset = [], [], 0
+        for client, reply in replies.items():
+            lengths = reply.tensors[LENGTHS].long().to(device) - extra  # they count the prompt
+            longest = int(lengths.max())
+            full = bool((lengths == longest).all())
+            rows = Inputs(torch.empty(0), ((len(lengths), longest),), None if full else lengths)
+            parts[client] = rows.after(unpack_rows(reply.tensors[H].to(device), rows, extra))
+            if not self.home:
+                labels = reply.tensors[LABELS].long().to(device)
+                if self.model.classification:
+                    targets.append(labels)
+                else:
+                    places = torch.full((rows.cells,), IGNORED, device=device)
+                    places[rows.after(labels).real()] = labels
+                    chosen = (places != IGNORED).nonzero().flatten()
+                    selects.append(chosen + offset)
+                    targets.append(places[chosen])
+            offset += rows.cells
+        inputs = replace(beside(list(parts.values())), slots=())
+        inputs.x.requires_grad_(True)
+        if selects:
+            inputs = replace(inputs, select=torch.cat(selects))
+        goal = torch.cat(targets) if targets else torch.zeros(0, dtype=torch.long, device=device)
+        return Batch(inputs, goal, goal, int(inputs.full_lengths().sum())), parts
 
-    def _ask_heads(
-        self, packed: Tensor, sizes: Mapping[str, int], alive: Alive
-    ) -> dict[str, Message]:
+    def _ask_heads(self, turns: Sequence[Turn], alive: Alive) -> None:
         """Labels at home: hidden states down, the loss's gradient up."""
-        parts = zip(sizes, torch.split(packed, list(sizes.values())), strict=True)
-        back = alive.gather(
-            {
-                client: Message("c3", "head", {H: part.contiguous()}, {H: Role.ACTIVATION})
-                for client, part in parts
-            }
-        )
+        extra = self.server.prompt_tokens
+        requests = {}
+        for turn in turns:
+            for client, out in zip(turn.clients, self._split(turn, turn.passed.out), strict=True):
+                packed = pack_rows(out.detach(), turn.parts[client], extra).contiguous()
+                requests[client] = Message("c3", "head", {H: packed}, {H: Role.ACTIVATION})
+        back = alive.gather(requests)
         if not back:
             raise FedllmError(f"no client's head answered: {alive.why()}")
-        return back
+        for turn in turns:
+            turn.weights = {c: w for c, w in turn.weights.items() if c in back}
+            total = sum(turn.weights.values())
+            if not total:
+                continue
+            turn.loss = (
+                sum(float(back[c].facts["loss"]) * w for c, w in turn.weights.items()) / total
+            )
+            parts = []
+            for client, out in zip(turn.clients, self._split(turn, turn.passed.out), strict=True):
+                if client in back:
+                    sent = back[client].tensors[GRAD].to(out.device)
+                    whole = unpack_rows(sent, turn.parts[client], extra)
+                    parts.append(whole * (turn.weights[client] / total))
+                else:  # its head failed: it has no say in this step
+                    parts.append(torch.zeros_like(out))
+            turn.gradient = torch.cat(parts)
+
+    def _split(self, turn: Turn, cells: Tensor) -> Sequence[Tensor]:
+        """Each client's cells of a turn."""
+        extra = self.server.prompt_tokens
+        return torch.split(cells, [i.cells + extra * i.rows for i in turn.parts.values()])
+
+    def _share(self, turn: Turn, found: Tensor | None) -> dict[str, Tensor]:
+        """The gradient of each client's own mean loss by its activations, packed."""
+        if found is None:
+            found = torch.zeros_like(turn.batch.inputs.x)
+        total = sum(turn.weights.values())
+        extra = self.server.prompt_tokens
+        parts = zip(turn.clients, self._split(turn, found), strict=True)
+        return {
+            client: pack_rows(part * (total / turn.weights[client]), turn.parts[client], extra)
+            for client, part in parts
+            if client in turn.weights
+        }
 
     def _stale(self, state: ServerState, client: str) -> bool:
         """Whether a client's half is older than the server's (all start with the same)."""
@@ -457,54 +460,55 @@ class Activations:
         number = int(site.live["number"])
         return next(site.live["batches"]), number, per_round - number
 
-    def forward(self, site: Site, message: Message) -> Message:
+    def forward(self, site: Site, message: Message) -> Tasked[Message]:
         """c1 run the first layers on a private batch, c2 send activations (and labels)."""
         half = self._half_of(site)["client"]
         batch, number, left = self._next(site)
-        with site.meter.step("c1") as cost:
-            purpose = (self.setup.seed, site.name, "private", "dropout", site.round, number)
-            hidden = half.forward(replace(batch, select=None), purpose, cost, "train")
-        site.live.update(batch=batch, hidden=hidden, cost=cost)
-        site.meter.tick(batch.rows)
-        real = _lengths(batch) + self.client.prompt_tokens
-        tensors = {H: pack_rows(hidden.detach(), real), LENGTHS: real.int()}
-        roles = {H: Role.ACTIVATION, LENGTHS: Role.MASK}
-        if not self.home:
-            tensors[LABELS], roles[LABELS] = _labels(batch, self.model.classification), Role.LABEL
+        purpose = (self.setup.seed, site.name, "private", "dropout", site.round, number)
+        bare = replace(batch, inputs=replace(batch.inputs, select=None))
+        passed: Passed = yield Forward(half, bare, purpose, "c1")
+        site.live.update(batch=batch, passed=passed)
+        with site.meter.step("c1"):
+            extra = self.client.prompt_tokens
+            real = batch.inputs.full_lengths() + extra
+            tensors = {H: pack_rows(passed.out.detach(), batch.inputs, extra), LENGTHS: real.int()}
+            roles = {H: Role.ACTIVATION, LENGTHS: Role.MASK}
+            if not self.home:
+                tensors[LABELS] = _labels(batch, self.model.classification)
+                roles[LABELS] = Role.LABEL
         facts: dict[str, Any] = {"left": left, "number": number, "units": batch.units}
         return Message("c2", tensors=tensors, roles=roles, facts=facts)
 
-    def head(self, site: Site, message: Message) -> Message:
+    def head(self, site: Site, message: Message) -> Tasked[Message]:
         """Labels at home: the loss from the server's hidden states, its gradient back."""
         half = self._half_of(site)["tail"]
         batch: Batch = site.live["batch"]
-        real = _lengths(batch) + self.client.prompt_tokens
-        width = batch.x.shape[1] + self.client.prompt_tokens
-        hidden = unpack_rows(message.tensors[H].to(batch.x.device), real, width)
-        hidden.requires_grad_(True)
-        with site.meter.step("c3") as cost:
-            purpose = (self.setup.seed, site.name, "tail", site.round, site.live["number"])
-            logits = half.forward(replace(batch, x=hidden), purpose, cost, "tail")
-            loss = cross_entropy(logits, batch)
-            half.backward(loss, None, replace(batch, x=hidden), cost, "tail", True)
-        assert hidden.grad is not None
-        gradient = {GRAD: pack_rows(hidden.grad, real)}
+        extra = self.client.prompt_tokens
+        with site.meter.step("c3"):
+            hidden = unpack_rows(message.tensors[H].to(batch.targets.device), batch.inputs, extra)
+            hidden = hidden.clone().requires_grad_(True)
+        purpose = (self.setup.seed, site.name, "tail", site.round, site.live["number"])
+        given = replace(batch, inputs=batch.inputs.after(hidden))
+        passed: Passed = yield Forward(half, given, purpose, "c3", "tail")
+        with site.meter.step("c3"):
+            loss = cross_entropy(passed.out, batch.targets, batch.places).mean()
+        found: Tensor = yield Backward(passed, "c3", goal=loss)
+        gradient = {GRAD: pack_rows(found, batch.inputs, extra)}
         return Message(
             "c3", tensors=gradient, roles=of_role(Role.GRADIENT, gradient),
             facts={"loss": float(loss.detach())},
         )  # fmt: skip
 
-    def backward(self, site: Site, message: Message) -> Message:
+    def backward(self, site: Site, message: Message) -> Tasked[Message]:
         """c5: finish the back-propagation, step."""
-        halves = self._half_of(site)
-        batch: Batch = replace(site.live["batch"], select=None)
-        hidden: Tensor = site.live.pop("hidden")
-        real = _lengths(batch) + self.client.prompt_tokens
+        passed: Passed = site.live.pop("passed")
+        batch: Batch = site.live["batch"]
+        sent = message.tensors[GRAD].to(passed.out.device)
+        gradient = unpack_rows(sent, batch.inputs, self.client.prompt_tokens)
+        yield Backward(passed, "c5", gradient)
         with site.meter.step("c5") as cost:
-            gradient = unpack_rows(message.tensors[GRAD].to(hidden.device), real, hidden.shape[1])
-            halves["client"].backward(hidden, gradient, batch, cost, "train", False)
             fraction = (site.live["number"] - 1) / site.live["per_round"]
-            for half in halves.values():
+            for half in self._half_of(site).values():
                 half.learner.step(Span(site.round - 1, self.setup.rounds).at(fraction))
             cost.optimizer_steps += 1
         return Message("c5")
@@ -529,20 +533,23 @@ class Activations:
         return Message("cc4")
 
 
-def _lengths(batch: Batch) -> Tensor:
-    if batch.lengths is not None:
-        return batch.lengths
-    return torch.full((batch.rows,), batch.x.shape[1], device=batch.x.device)
+def _all(results: Sequence[Any]) -> Sequence[Any]:
+    """Results of the server's own jobs. Raises the first that failed."""
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
 
 
 def _labels(batch: Batch, classification: bool) -> Tensor:
     """Classes [rows], or for each real token the one to predict after it, or -1 [tokens]."""
     if classification:
         return batch.targets.int()
-    assert batch.select is not None
-    places = torch.full((batch.x.numel(),), IGNORED, dtype=torch.int32, device=batch.x.device)
-    places[batch.select] = batch.targets.int()
-    return pack_rows(places.view_as(batch.x), _lengths(batch))
+    inputs = batch.inputs
+    assert inputs.select is not None
+    places = torch.full((inputs.cells,), IGNORED, dtype=torch.int32, device=inputs.x.device)
+    places[inputs.select] = batch.targets.int()
+    return pack_rows(places, inputs, 0)
 
 
 def check_cut(options: ex.Activations, model: LanguageModel) -> int:

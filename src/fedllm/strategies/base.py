@@ -14,9 +14,10 @@ from fedllm.data.examples import Examples
 from fedllm.exchange import Exchange
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
-from fedllm.training.learner import Plan, Span, Trained, train
-from fedllm.training.meter import Cost, Meter
-from fedllm.training.objectives import Objective, cross_entropy
+from fedllm.training.cohort import Fit, Tasked, Trained
+from fedllm.training.learner import Plan, Span
+from fedllm.training.meter import Meter
+from fedllm.training.objectives import cross_entropy
 
 Group = dict[str, Tensor]
 
@@ -90,26 +91,27 @@ class Site:
         )  # fmt: skip
 
     def fine_tune(
-        self, tunables: Group, cost: Cost, first: int | None = None, last: int | None = None,
-        objective: Objective = cross_entropy,
-    ) -> Trained:  # fmt: skip
+        self, tunables: Group, step: str, first: int | None = None, last: int | None = None
+    ) -> Tasked[Trained]:
         """This round's epochs over the private rows (a2, b1), or batches first to last - 1."""
         training = self.setup.training
         plan = self.plan(self.train, "private")
         per_round = plan.per_pass * training.epochs
         begin = per_round * (self.round - 1) if first is None else first
-        result = train(
-            self.model, tunables, plan, objective, training,
-            first=begin, last=begin + per_round if last is None else last,
-            span=Span(self.round - 1, self.setup.rounds), meter=self.meter, cost=cost,
-            optimizer=self.group("optimizer") if training.optimizer_state == "keep" else None,
+        keep = training.optimizer_state == "keep"
+        result: Trained = yield Fit(
+            self.model, tunables, plan, cross_entropy, training,
+            begin, begin + per_round if last is None else last,
+            Span(self.round - 1, self.setup.rounds), self.meter, step,
+            self.group("optimizer") if keep else None,
         )  # fmt: skip
-        if training.optimizer_state == "keep":
+        if keep:
             self.keep("optimizer", result.optimizer)
         return result
 
 
-Tasks = Mapping[str, Callable[[Site, Message], Message]]
+Tasks = Mapping[str, Callable[[Site, Message], Message | Tasked[Message]]]
+"""A client's answers by task; those that train or infer yield jobs (``training.cohort``)."""
 
 
 class Strategy(Protocol):

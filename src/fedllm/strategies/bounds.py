@@ -13,6 +13,7 @@ from fedllm.exchange import Exchange
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss
+from fedllm.training.cohort import Tasked
 
 
 class Standalone:
@@ -59,14 +60,13 @@ class Standalone:
         """The client's model."""
         return {**site.model.initial, **site.group("tunables")}
 
-    def alone(self, site: Site, message: Message) -> Message:
+    def alone(self, site: Site, message: Message) -> Tasked[Message]:
         """Train on the private rows."""
         site.setup = self.setup
         first, last = None, None
         if total := int(message.facts["steps"]):
             rounds = self.setup.rounds
             first, last = total * (site.round - 1) // rounds, total * site.round // rounds
-        with site.meter.step("local") as cost:
-            result = site.fine_tune(self.own(site), cost, first, last)
+        result = yield from site.fine_tune(self.own(site), "local", first, last)
         site.keep("tunables", result.values)
         return Message("local", facts={"loss": result.loss})

@@ -21,10 +21,11 @@ from fedllm.exchange import Exchange
 from fedllm.message import Fact, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
+from fedllm.training.cohort import Fit, Tasked, Trained, alone
 from fedllm.training.evaluate import logits_of
-from fedllm.training.learner import Plan, Span, Trained, train
-from fedllm.training.meter import Cost, Meter
-from fedllm.training.objectives import distillation
+from fedllm.training.learner import Plan, Span
+from fedllm.training.meter import Meter
+from fedllm.training.objectives import Distillation
 
 Z = "logits"
 
@@ -70,14 +71,12 @@ class Logits:
             knowledge = self.rule({c: r.tensors for c, r in replies.items()}, weights)[Z]
         if self.options.server_model:
             public = self.public.take(rows)
-            with ask.meter.step("b5") as cost:
-                shared = self._distil(
-                    self.model, state.shared, public, knowledge, "server", ask.round, ask.meter,
-                    cost,
-                ).values  # fmt: skip
-            with ask.meter.step("b6") as cost:
-                size = self.setup.evaluation.batch_size
-                knowledge = logits_of(self.model, shared, public, size, ask.meter, cost)
+            goal = self._distil(
+                self.model, state.shared, public, knowledge, "server", ask.round, ask.meter, "b5"
+            )
+            shared = alone(goal).values
+            size = self.setup.evaluation.batch_size
+            knowledge = alone(logits_of(self.model, shared, public, size, ask.meter, "b6"))
             state = replace(state, shared=shared)
         sent = Message("b7", "digest", {Z: knowledge, **which}, {Z: Role.LOGIT, "rows": Role.INDEX})
         done = ask.gather(dict.fromkeys(replies, sent))  # b7, b8
@@ -114,8 +113,8 @@ class Logits:
 
     def _distil(
         self, model: LanguageModel, tunables: Group, public: Examples, teacher: Tensor, who: str,
-        round: int, meter: Meter, cost: Cost,
-    ) -> Trained:  # fmt: skip
+        round: int, meter: Meter, step: str,
+    ) -> Tasked[Trained]:  # fmt: skip
         """b5 and b8: fit the model to the teacher's logits of these public rows."""
         options, training = self.options, self.setup.training
         plan = Plan(
@@ -123,13 +122,14 @@ class Logits:
             self.setup.longest, (self.setup.seed, who, "public", round), str(model.model.device),
         )  # fmt: skip
         labels = 1.0 if self.setup.public.labelled else 0.0
-        goal = distillation(
+        goal = Distillation(
             teacher.to(model.model.device), options.temperature, options.loss, labels
         )
-        return train(
-            model, tunables, plan, goal, training, first=0, last=plan.per_pass * options.epochs,
-            span=Span(round - 1, self.setup.rounds), meter=meter, cost=cost, rate=options.rate,
+        result: Trained = yield Fit(
+            model, tunables, plan, goal, training, 0, plan.per_pass * options.epochs,
+            Span(round - 1, self.setup.rounds), meter, step, rate=options.rate,
         )  # fmt: skip
+        return result
 
     # client -----------------------------------------------------------------------------------
 
@@ -158,10 +158,9 @@ class Logits:
             raise FedllmError(f"client {site.name!r} has no public set; set public.ship = true")
         return site.public
 
-    def know(self, site: Site, message: Message) -> Message:
+    def know(self, site: Site, message: Message) -> Tasked[Message]:
         """b1 fine-tune on the private rows, b2 compute logits of the public ones, b3 send them."""
-        with site.meter.step("b1") as cost:
-            result = site.fine_tune(self.own(site), cost)
+        result = yield from site.fine_tune(self.own(site), "b1")
         site.keep("tunables", result.values)
         public = self._public(site)
         if not self.setup.public.ship and public.hash != message.facts["public"]:
@@ -169,20 +168,18 @@ class Logits:
                 f"client {site.name!r} holds another public set than the server "
                 f"({public.hash}, not {message.facts['public']})"
             )
-        with site.meter.step("b2") as cost:
-            rows = public.take(message.tensors["rows"].numpy())
-            size = self.setup.evaluation.batch_size
-            found = logits_of(site.model, result.values, rows, size, site.meter, cost)
+        rows = public.take(message.tensors["rows"].numpy())
+        size = self.setup.evaluation.batch_size
+        found = yield from logits_of(site.model, result.values, rows, size, site.meter, "b2")
         facts: dict[str, Fact] = {"weight": units(site), "loss": result.loss}
         return Message("b3", tensors={Z: found}, roles={Z: Role.LOGIT}, facts=facts)
 
-    def digest(self, site: Site, message: Message) -> Message:
+    def digest(self, site: Site, message: Message) -> Tasked[Message]:
         """b8 distil the knowledge into the client's model."""
         rows = self._public(site).take(message.tensors["rows"].numpy())
-        with site.meter.step("b8") as cost:
-            result = self._distil(
-                site.model, self.own(site), rows, message.tensors[Z], site.name, site.round,
-                site.meter, cost,
-            )  # fmt: skip
+        result = yield from self._distil(
+            site.model, self.own(site), rows, message.tensors[Z], site.name, site.round,
+            site.meter, "b8",
+        )  # fmt: skip
         site.keep("tunables", result.values)
         return Message("b8", facts={"loss": result.loss})

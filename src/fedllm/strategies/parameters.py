@@ -14,6 +14,7 @@ from fedllm.exchange import Exchange
 from fedllm.message import Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
+from fedllm.training.cohort import Tasked
 
 
 class Parameters:
@@ -60,11 +61,10 @@ class Parameters:
         """What stays at this client: its head, if that is personal."""
         return {n: self.model.initial[n] for n in self.personal} | site.group("personal")
 
-    def train(self, site: Site, message: Message) -> Message:
+    def train(self, site: Site, message: Message) -> Tasked[Message]:
         """a2 fine-tune what came with a1, a3 send it back."""
         start = {**self.own(site), **message.tensors}
-        with site.meter.step("a2") as cost:
-            result = site.fine_tune(start, cost)
+        result = yield from site.fine_tune(start, "a2")
         site.keep("personal", {name: result.values[name] for name in self.personal})
         update = {name: result.values[name] for name in message.tensors}
         if self.options.payload == "delta":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedllm.data.examples import Examples, Ints
+from fedllm.models.inputs import Inputs
 
 Padding = Literal["bucket", "longest", "fixed"]
 CHUNK = 32  # batches whose rows are sorted by length together; more: less padding, less mixing
@@ -19,17 +20,13 @@ CHUNK = 32  # batches whose rows are sorted by length together; more: less paddi
 @dataclass(frozen=True)
 class Batch:
     """
-    Rows side by side.
+    Rows of one client, and what is to be learnt from them.
 
-    x: tokens [rows, length], right-padded with 0.  lengths: real tokens [rows], None if all are
-    full.  select: indices of the predicting positions in the flattened tokens (generation).
     targets: classes [rows] or next tokens [selected].  places: index of each target among all
-    targets of the Examples, in their order.
+    targets of the Examples, in their order.  tokens: real ones.
     """
 
-    x: Tensor
-    lengths: Tensor | None
-    select: Tensor | None
+    inputs: Inputs
     targets: Tensor
     places: Tensor
     tokens: int
@@ -37,12 +34,12 @@ class Batch:
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return len(self.x)
+        return self.inputs.rows
 
     @property
     def selected(self) -> int:
         """Number of token logits, 0 for classification."""
-        return 0 if self.select is None else len(self.select)
+        return 0 if self.inputs.select is None else len(self.inputs.select)
 
     @property
     def units(self) -> int:
@@ -98,10 +95,13 @@ def collate(
         places = np.concatenate(
             [offsets[row] + np.arange(len(span)) for row, span in zip(rows, spans, strict=True)]
         )
+    inputs = Inputs.of(
+        torch.from_numpy(x).to(device),
+        None if full else torch.from_numpy(lengths).to(device),
+        None if select is None else torch.from_numpy(select).to(device),
+    )
     return Batch(
-        x=torch.from_numpy(x).to(device),
-        lengths=None if full else torch.from_numpy(lengths).to(device),
-        select=None if select is None else torch.from_numpy(select).to(device),
+        inputs,
         targets=torch.from_numpy(targets).to(device),
         places=torch.from_numpy(places).to(device),
         tokens=int(lengths.sum()),

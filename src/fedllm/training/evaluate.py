@@ -12,61 +12,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedllm.data.examples import Examples
+from fedllm.models.inputs import Inputs
 from fedllm.models.loading import LanguageModel
-from fedllm.training.batches import batches, collate, order
-from fedllm.training.meter import Cost, Meter, held_bytes
+from fedllm.training.batches import Batch
+from fedllm.training.cohort import Infer, Tasked
+from fedllm.training.meter import Meter
 
 Metrics = dict[str, Any]
 
 
-@torch.no_grad()
 def logits_of(
     model: LanguageModel, tunables: Mapping[str, Tensor], examples: Examples, size: int,
-    meter: Meter, cost: Cost,
-) -> Tensor:  # fmt: skip
+    meter: Meter, step: str,
+) -> Tasked[Tensor]:  # fmt: skip
     """Logits of every unit of the examples, in their order: [units, outputs]."""
     out = torch.zeros((int(examples.targets.sum()), model.outputs))
-    core = model.whole
-    held = held_bytes(core)
-    for batch in batches(examples, size, "bucket", None, 0, str(model.model.device)):
-        with meter.memory(cost, core, batch, "forward", held):
-            found = core.apply_to(dict(tunables), batch.x, batch.lengths, batch.select)
-        out[batch.places.cpu()] = found.float().cpu()
-        cost.flops += meter.flops(model, core, batch, backward=False)
-        cost.examples += batch.rows
-        cost.tokens += batch.tokens
-        meter.tick(batch.rows)
+
+    def take(batch: Batch, logits: Tensor) -> None:
+        out[batch.places.cpu()] = logits.cpu()
+
+    yield Infer(model, tunables, examples, size, meter, step, take)
     return out
 
 
-@torch.no_grad()
 def statistics(
     model: LanguageModel, tunables: Mapping[str, Tensor], examples: Examples, size: int,
-    meter: Meter, cost: Cost,
-) -> dict[str, Tensor]:  # fmt: skip
+    meter: Meter, step: str,
+) -> Tasked[dict[str, Tensor]]:  # fmt: skip
     """
     Sums over the examples: ``confusion`` [true, predicted] and ``loss``, or ``loss``,
     ``units`` (tokens), ``utf8`` (bytes of their text) and ``unknown`` tokens.
     """
     classes = model.classification
     confusion = torch.zeros((model.outputs, model.outputs), dtype=torch.int32)
-    loss, units = 0.0, 0
-    core = model.whole
-    held = held_bytes(core)
-    for rows in order(examples.lengths, size, "bucket", None):
-        batch = collate(examples, rows, device=str(model.model.device))
-        with meter.memory(cost, core, batch, "forward", held):
-            logits = core.apply_to(dict(tunables), batch.x, batch.lengths, batch.select).float()
-            loss += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
-        units += batch.units
+    losses: list[float] = []
+
+    def take(batch: Batch, logits: Tensor) -> None:
+        losses.append(float(F.cross_entropy(logits, batch.targets, reduction="sum")))
         if classes:
             pairs = (batch.targets * model.outputs + logits.argmax(-1)).cpu()
-            confusion += torch.bincount(pairs, minlength=confusion.numel()).view_as(confusion)
-        cost.flops += meter.flops(model, core, batch, backward=False)
-        cost.examples += batch.rows
-        cost.tokens += batch.tokens
-        meter.tick(batch.rows)
-    found = {"loss": torch.tensor([loss], dtype=torch.float64),
+            counts = torch.bincount(pairs, minlength=confusion.numel())
+            confusion.add_(counts.view_as(confusion))
+
+    yield Infer(model, tunables, examples, size, meter, step, take)
+    units = int(examples.targets.sum())
+    found = {"loss": torch.tensor([sum(losses)], dtype=torch.float64),
              "units": torch.tensor([units], dtype=torch.int64)}  # fmt: skip
     if classes:
         return found | {"confusion": confusion}
@@ -142,7 +132,7 @@ def generate(
     for _ in range(limit):
         x = torch.tensor([tokens[-longest:]], device=device)
         last = torch.tensor([x.shape[1] - 1], device=device)
-        new = int(model.whole.apply_to(dict(tunables), x, None, last)[0].argmax())
+        new = int(model.whole.apply_to(tunables, Inputs.of(x, select=last))[0].argmax())
         if new == stop:
             break
         tokens.append(new)

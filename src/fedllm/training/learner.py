@@ -1,9 +1,9 @@
-"""Tunables under an optimizer, and the loop that every local fine-tuning and distillation is."""
+"""Tunables under an optimizer, and the batches that they see."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,8 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.data.examples import Examples
-from fedllm.errors import FedllmError
-from fedllm.models.core import Core
-from fedllm.models.loading import LanguageModel
-from fedllm.streams import stream, torch_stream
+from fedllm.streams import stream
 from fedllm.training.batches import Batch, Padding, collate, order
-from fedllm.training.meter import Cost, Meter, held_bytes
-from fedllm.training.objectives import Objective
 
 
 def rate_factor(training: ex.Training, progress: float) -> float:
@@ -36,7 +31,7 @@ class Learner:
     """Trainable copies of some tunables with their optimizer: state in, state out."""
 
     def __init__(
-        self, tunables: dict[str, Tensor], training: ex.Training,
+        self, tunables: Mapping[str, Tensor], training: ex.Training,
         state: dict[str, Tensor] | None = None, rate: float | None = None,
     ) -> None:  # fmt: skip
         """Copy ``tunables``; continue from an optimizer ``state`` that ``state()`` returned."""
@@ -117,56 +112,6 @@ class Span:
         return (self.before + self.length * fraction) / self.rounds
 
 
-def fit(
-    model: LanguageModel,
-    core: Core,
-    learner: Learner,
-    batches: Iterable[Batch],
-    objective: Objective,
-    *,
-    steps: int,
-    span: Span,
-    purpose: tuple[object, ...],
-    meter: Meter,
-    cost: Cost,
-) -> float:
-    """
-    Train on the batches; returns the mean loss over their units.
-
-    steps: how many batches will come.  purpose: what this training's dropout draws for.
-    Raises FedllmError when the loss is no longer finite.
-    """
-    model.dropout(True, learner.training.base_dropout)
-    held = held_bytes(core) + learner.reserved
-    seen, summed = 0, 0.0
-    try:
-        for number, batch in enumerate(batches):
-            kind = objective.__name__
-            with torch_stream(*purpose, number), meter.memory(cost, core, batch, kind, held):
-                logits = core.apply_to(learner.params, batch.x, batch.lengths, batch.select)
-                loss = objective(logits, batch)
-                if learner.optimizer is not None:
-                    loss.backward()  # type: ignore[no-untyped-call]
-                value = float(loss.detach())
-                del logits, loss
-            learner.step(span.at(number / max(steps, 1)))
-            if not math.isfinite(value):
-                raise FedllmError(
-                    f"the loss became {value} at batch {number + 1}: lower training.rate "
-                    f"(now {learner.rate}) or set training.clip"
-                )
-            summed += value * batch.units
-            seen += batch.units
-            cost.flops += meter.flops(model, core, batch, backward=True)
-            cost.examples += batch.rows
-            cost.tokens += batch.tokens
-            cost.optimizer_steps += 1
-            meter.tick(batch.rows)
-    finally:
-        model.dropout(False, learner.training.base_dropout)
-    return summed / max(seen, 1)
-
-
 @dataclass(frozen=True)
 class Plan:
     """
@@ -206,41 +151,3 @@ class Plan:
             if position == 0 or number == first:
                 rows = self.rows(number // self.per_pass)
             yield self.batch(rows[position])
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a stretch of local training gives back."""
-
-    values: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    loss: float
-    steps: int
-
-
-def train(
-    model: LanguageModel,
-    tunables: dict[str, Tensor],
-    plan: Plan,
-    objective: Objective,
-    training: ex.Training,
-    *,
-    first: int,
-    last: int,
-    span: Span,
-    meter: Meter,
-    cost: Cost,
-    optimizer: dict[str, Tensor] | None = None,
-    rate: float | None = None,
-) -> Trained:
-    """
-    Batches ``first`` to ``last`` - 1 of the plan on the whole model: steps a2, b1, b5, b8.
-
-    optimizer: the state to continue from; None starts afresh.
-    """
-    learner = Learner(tunables, training, optimizer, rate)
-    loss = fit(
-        model, model.whole, learner, plan.between(first, last), objective, steps=last - first,
-        span=span, purpose=(*plan.purpose, "dropout", first), meter=meter, cost=cost,
-    )  # fmt: skip
-    return Trained(learner.values(), learner.state(), loss, last - first)

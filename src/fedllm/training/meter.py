@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -34,14 +34,36 @@ class Cost:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors made inside and still alive; ``peak`` is the most at once."""
+    """
+    Counts the bytes of tensors made inside and still alive; ``peak`` is the most at once.
 
-    def __init__(self) -> None:
+    On a CUDA device the allocator counts instead.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
         """Start at zero: what existed before is the caller's to add."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._seen: set[int] = set()
+        self._cuda = device if device is not None and device.type == "cuda" else None
+        self._before = 0
+
+    def __enter__(self) -> Any:
+        """Start counting."""
+        if self._cuda is None:
+            return super().__enter__()  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats(self._cuda)
+        self._before = torch.cuda.memory_allocated(self._cuda)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop counting."""
+        if self._cuda is None:
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
+            return
+        self.live = torch.cuda.memory_allocated(self._cuda) - self._before
+        self.peak = torch.cuda.max_memory_allocated(self._cuda) - self._before
 
     def _free(self, key: int, size: int) -> None:
         self._seen.discard(key)
@@ -79,12 +101,7 @@ class Measured:
 
 
 class Meter:
-    """
-    Measures the steps of one task, on the client's or the server's side.
-
-    The peak of memory is measured on the first batch of each shape of each kind of pass (a
-    dispatch mode on the CPU slows that pass down), and remembered in ``Measured``.
-    """
+    """The costs of one client's task, or of the server's round, step by step."""
 
     def __init__(
         self, measured: Measured | None = None, tick: Callable[[int], None] | None = None,
@@ -92,21 +109,23 @@ class Meter:
     ) -> None:  # fmt: skip
         """``tick`` hears of every batch's rows, for a progress bar.  clock: seconds."""
         self.steps: dict[str, Cost] = {}
-        self._overhead = 0.0
         self.measured = measured or Measured()
         self.tick = tick or (lambda rows: None)
         self.clock = clock
 
+    def cost(self, step: str) -> Cost:
+        """What this step has cost so far, to add to."""
+        return self.steps.setdefault(step, Cost())
+
     @contextmanager
     def step(self, name: str) -> Iterator[Cost]:
-        """Time a step; the body adds the rest to the Cost it is given."""
-        cost = self.steps.setdefault(name, Cost())
+        """Charge the body's seconds to a step."""
+        cost = self.cost(name)
         start = self.clock()
-        self._overhead = 0.0
         try:
             yield cost
         finally:
-            cost.seconds += max(self.clock() - start - self._overhead, 0.0)
+            cost.seconds += self.clock() - start
 
     def take(self) -> dict[str, Fact]:
         """All costs as facts of a reply, ``cost.<step>.<field>``; the meter starts anew."""
@@ -128,44 +147,84 @@ class Meter:
     ) -> int:  # fmt: skip
         """FLOPs of this pass (forward, or forward and backward)."""
         counter = FlopCounter(core, frozenset(model.initial), self.measured.flops)
-        length = batch.x.shape[1]
-        if core.part not in ("whole", "client"):
-            length -= core.prompt_tokens  # hidden states hold the prompt, tokens do not
-        start = self.clock()
-        found = counter(batch.rows, length, batch.selected, backward, input_grad)
-        self._overhead += self.clock() - start
-        return found
+        return counter(batch.inputs.blocks, batch.selected, backward, input_grad)
 
-    @contextmanager
-    def memory(self, cost: Cost, core: Core, batch: Batch, kind: str, held: int) -> Iterator[None]:
-        """Peak of live bytes in the body, plus ``held`` bytes that were there before."""
-        key = (core.key, kind, batch.rows, batch.x.shape[1], batch.selected)
-        if batch.x.is_cuda:
-            torch.cuda.reset_peak_memory_stats(batch.x.device)
-            yield
-            cost.peak_memory = max(
-                cost.peak_memory, torch.cuda.max_memory_allocated(batch.x.device)
-            )
-            return
-        mode = LiveBytes() if key not in self.measured.peaks else nullcontext()
-        start = self.clock()
-        with mode:
-            yield
-        seconds = self.clock() - start
-        cells, spent = self.measured.pace.get(key[:2], (0, 0.0))
-        size = batch.rows * batch.x.shape[1]
-        if isinstance(mode, LiveBytes):
-            self.measured.peaks[key] = (mode.peak, mode.live)
-            if cells:  # the measured pass is charged as an unmeasured one would have been
-                self._overhead += max(seconds - size * spent / cells, 0.0)
-        else:
-            self.measured.pace[key[:2]] = (cells + size, spent + seconds)
-        cost.peak_memory = max(cost.peak_memory, held + self.measured.peaks[key][0])
 
-    def left(self, core: Core, batch: Batch, kind: str) -> int:
-        """Live bytes that the body of ``memory`` left behind: a graph that waits for backward."""
-        key = (core.key, kind, batch.rows, batch.x.shape[1], batch.selected)
-        return self.measured.peaks.get(key, (0, 0))[1]
+@dataclass
+class Member:
+    """One client's share of a pass.  held: bytes it held before: weights, optimizer, graphs."""
+
+    meter: Meter
+    cost: Cost
+    batch: Batch
+    held: int
+
+    def shape(self, core: Core, kind: str) -> tuple[object, ...]:
+        """
+        What its peak of memory depends on: rows, length (to the next 4), and predicted
+        positions (to the next eighth of all).
+        """
+        inputs = self.batch.inputs
+        blocks = tuple((rows, -(-length // 4) * 4) for rows, length in inputs.blocks)
+        return (core.key, kind, blocks, -(-8 * self.batch.selected // inputs.cells))
+
+
+@contextmanager
+def charged(members: Sequence[Member]) -> Iterator[None]:
+    """Charge the body's seconds to these clients, by their real tokens."""
+    clock = members[0].meter.clock
+    start = clock()
+    yield
+    _charge(members, clock() - start)
+
+
+def _charge(members: Sequence[Member], seconds: float) -> None:
+    tokens = sum(member.batch.tokens for member in members)
+    for member in members:
+        member.cost.seconds += seconds * member.batch.tokens / tokens
+
+
+@contextmanager
+def passing(
+    core: Core, kind: str, members: Sequence[Member], alone: Callable[[Member], Any]
+) -> Iterator[None]:
+    """
+    Around one pass of these clients side by side: charge its seconds, note peaks of memory.
+
+    The peak is what the client would need on a machine of its own. It is measured on the first
+    batch of each shape of each kind of pass: on the pass itself where that has one member,
+    otherwise by ``alone``, which makes the pass for one member and forgets it. Neither the
+    measuring (a dispatch mode slows a pass down) nor ``alone`` is charged to anybody.
+    """
+    measured, clock = members[0].meter.measured, members[0].meter.clock
+    mode: LiveBytes | nullcontext[None] = nullcontext()
+    for member in members:
+        shape = member.shape(core, kind)
+        if shape not in measured.peaks:
+            probe = LiveBytes(members[0].batch.inputs.x.device)
+            if len(members) == 1:
+                mode = probe
+                break
+            with probe:
+                kept = alone(member)
+            measured.peaks[shape] = (probe.peak, probe.live)
+            del kept
+    start = clock()
+    with mode:
+        yield
+    seconds = clock() - start
+    cells = sum(member.batch.inputs.cells for member in members)
+    known, spent = measured.pace.get((core.key, kind), (0, 0.0))
+    if isinstance(mode, LiveBytes):
+        measured.peaks[members[0].shape(core, kind)] = (mode.peak, mode.live)
+        if known:  # the measured pass is charged as an unmeasured one would have been
+            seconds = min(seconds, cells * spent / known)
+    else:
+        measured.pace[core.key, kind] = (known + cells, spent + seconds)
+    _charge(members, seconds)
+    for member in members:
+        peak = member.held + measured.peaks[member.shape(core, kind)][0]
+        member.cost.peak_memory = max(member.cost.peak_memory, peak)
 
 
 def held_bytes(core: Core) -> int:

@@ -1,0 +1,134 @@
+"""Attention over rows that lie flat, block by block: fused where there is something to fuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from fedllm.models.inputs import Inputs
+
+NAME = "fedllm-blocks"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring blocks of equal length. mask: which keys a query sees, None: all."""
+
+    rows: int
+    length: int
+    mask: Tensor | None
+
+
+class Layout:
+    """Where each row lies, and what comes before it, for every layer of one pass."""
+
+    def __init__(
+        self, inputs: Inputs, causal: bool, extra: int, prefix: Tensor | None = None
+    ) -> None:
+        """
+        extra: virtual tokens in every row.  prefix: learnt keys and values of each row,
+        [rows, layers * 2, heads, tokens, width].
+        """
+        self.causal, self.prefix = causal, prefix
+        self.before = 0 if prefix is None else prefix.shape[-2]
+        lengths = None if inputs.lengths is None else inputs.lengths + extra
+        self.runs: list[Run] = []
+        begin = 0
+        for rows, length in _joined(inputs.blocks):
+            mine = None if lengths is None else lengths[begin : begin + rows]
+            self.runs.append(Run(rows, length + extra, self._mask(length + extra, mine)))
+            begin += rows
+        self.cells = [run.rows * run.length for run in self.runs]
+
+    def _mask(self, length: int, lengths: Tensor | None) -> Tensor | None:
+        if self.causal:  # padding stands on the right, where no real token looks
+            if not self.before:
+                return None
+            place = torch.arange(length + self.before, device=self.prefix.device)  # type: ignore[union-attr]
+            return place <= torch.arange(length, device=place.device)[:, None] + self.before
+        if lengths is None:
+            return None
+        keys = torch.arange(length, device=lengths.device) < lengths[:, None]
+        return keys[:, None, None, :]
+
+    def past(self, layer: int, begin: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Learnt keys and values of these rows in this layer: [rows, heads, tokens, width]."""
+        assert self.prefix is not None
+        mine = self.prefix[begin : begin + rows]
+        return mine[:, 2 * layer], mine[:, 2 * layer + 1]
+
+
+def _joined(blocks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for rows, length in blocks:
+        if found and found[-1][1] == length:
+            found[-1] = (found[-1][0] + rows, length)
+        else:
+            found.append((rows, length))
+    return found
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    *,
+    layout: Layout,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """[1, heads, cells, width] of query, key and value -> [1, cells, heads, width]."""
+    parts = [torch.split(t.transpose(1, 2)[0], layout.cells) for t in (query, key, value)]
+    done, begin = [], 0
+    for run, *qkv in zip(layout.runs, *parts, strict=True):
+        q, k, v = (t.unflatten(0, (run.rows, run.length)).transpose(1, 2) for t in qkv)
+        if layout.prefix is not None:
+            before_k, before_v = layout.past(module.layer_idx, begin, run.rows)
+            k, v = torch.cat([before_k, k], 2), torch.cat([before_v, v], 2)
+        if k.shape[1] != q.shape[1]:
+            times = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+        mask, causal = run.mask, layout.causal and not layout.before
+        if sliding_window and layout.causal and run.length + layout.before > sliding_window:
+            mask, causal = _window(run.length, layout.before, sliding_window, q.device), False
+        out = (_plain if q.is_meta else _fused)(q, k, v, mask, causal, scaling, dropout)
+        done.append(out.transpose(1, 2).flatten(0, 1))
+        begin += run.rows
+    return (done[0] if len(done) == 1 else torch.cat(done))[None], None
+
+
+def _window(length: int, before: int, window: int, device: torch.device) -> Tensor:
+    """Causal, and no further back than the window."""
+    key = torch.arange(length + before, device=device)
+    query = torch.arange(length, device=device)[:, None] + before
+    return (key <= query) & (key > query - window)
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale)
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """Written out, for counting FLOPs: torch counts none for fused attention on a CPU."""
+    weights = (q @ k.transpose(2, 3)).softmax(-1)
+    return weights @ v
+
+
+# the library's own way of adding an attention; a model uses it when its config names it
+AttentionInterface.register(NAME, attend)

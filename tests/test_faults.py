@@ -1,5 +1,6 @@
 """A client that fails: named, counted, and left out where fewer replies are enough."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from fedllm.errors import FedllmError
 from fedllm.message import Failure, Message
 from fedllm.round import Federation
+from fedllm.training import cohort
 from fedllm.training.cohort import Tasked
+from fedllm.training.learner import Learner
 from small import GPT2, build, experiment, finish
 
 STRATEGIES: list[dict[str, Any]] = [
@@ -184,26 +187,23 @@ def test_bounds_train_everybody_in_every_round() -> None:
     [("sequential", "batch"), ("sequential", "epoch"), ("per-client", "batch"),
      ("concatenated", "batch")],
 )  # fmt: skip
-def test_the_servers_rate_never_rises_under_a_falling_schedule(server: str, turn: str) -> None:
-    from fedllm.training import learner
-
+def test_the_servers_rate_never_rises_under_a_falling_schedule(
+    server: str, turn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     strategy = {"kind": "activations", "cut": 2, "server": server, "turn": turn}
     spec = experiment(GPT2, rows=60, rounds=2, strategy=strategy,
                       training={"schedule": "linear"})  # fmt: skip
-    built = build(spec)
     seen: dict[int, list[float]] = {}
-    original = learner.Learner.step
+    original = cohort.advance
 
-    def spy(self: Any, progress: float) -> None:
-        if any(name.startswith("model.score") for name in self.params):
-            seen.setdefault(id(self), []).append(progress)
-        original(self, progress)
+    def spy(learners: Sequence[Learner], progress: Sequence[float]) -> None:
+        for one, at in zip(learners, progress, strict=True):
+            if any(name.startswith("model.score") for name in one.params):
+                seen.setdefault(id(one), []).append(at)
+        original(learners, progress)
 
-    learner.Learner.step = spy  # type: ignore[method-assign]
-    try:
-        finish(built)
-    finally:
-        learner.Learner.step = original  # type: ignore[method-assign]
+    monkeypatch.setattr(cohort, "advance", spy)
+    finish(build(spec))
     assert seen
     for progress in seen.values():
         assert progress == sorted(progress)

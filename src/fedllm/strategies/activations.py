@@ -267,20 +267,27 @@ class Activations:
                 raise FedllmError(
                     f"round {ask.round}: the loss became {turn.loss}; lower training.rate"
                 )
-        jobs = [Backward(t.passed, "c3", t.gradient, t.goal) for t in turns]
+        span = Span(ask.round - 1, self.setup.rounds)
+        jobs = [
+            Backward(
+                turn.passed, "c3", turn.gradient, turn.goal, (turn.half.learner,),
+                span.at(self._done(turn, alive)),
+            )
+            for turn in turns
+        ]  # fmt: skip
         gradients: dict[str, Tensor] = {}
         for turn, found in zip(turns, _all(work(jobs)), strict=True):
-            if whole:
-                done = alive.longest()
-            elif self.options.server == "per-client":
-                done = alive.fraction(turn.clients[0])
-            else:
-                done = alive.overall()
-            with ask.meter.step("c3") as cost:
-                turn.half.learner.step(Span(ask.round - 1, self.setup.rounds).at(done))
-                cost.optimizer_steps += 1
+            with ask.meter.step("c3"):
                 gradients |= self._share(turn, found)
         return gradients, float(np.mean([turn.loss for turn in turns]))
+
+    def _done(self, turn: Turn, alive: Alive) -> float:
+        """How much of the round lies behind this step of a server half."""
+        if self.options.server == "concatenated":
+            return alive.longest()
+        if self.options.server == "per-client":
+            return alive.fraction(turn.clients[0])
+        return alive.overall()
 
     def _turn(
         self, half: Half, clients: list[str], replies: Mapping[str, Message], ask: Exchange
@@ -505,12 +512,12 @@ class Activations:
         batch: Batch = site.live["batch"]
         sent = message.tensors[GRAD].to(passed.out.device)
         gradient = unpack_rows(sent, batch.inputs, self.client.prompt_tokens)
-        yield Backward(passed, "c5", gradient)
-        with site.meter.step("c5") as cost:
-            fraction = (site.live["number"] - 1) / site.live["per_round"]
-            for half in self._half_of(site).values():
-                half.learner.step(Span(site.round - 1, self.setup.rounds).at(fraction))
-            cost.optimizer_steps += 1
+        fraction = (site.live["number"] - 1) / site.live["per_round"]
+        yield Backward(
+            passed, "c5", gradient, None,
+            tuple(half.learner for half in self._half_of(site).values()),
+            Span(site.round - 1, self.setup.rounds).at(fraction),
+        )  # fmt: skip
         return Message("c5")
 
     def collect(self, site: Site, message: Message) -> Message:

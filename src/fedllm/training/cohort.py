@@ -29,7 +29,7 @@ from fedllm.models.inputs import beside
 from fedllm.models.loading import LanguageModel
 from fedllm.streams import generator, torch_stream
 from fedllm.training.batches import Batch, batches
-from fedllm.training.learner import Learner, Plan, Span
+from fedllm.training.learner import Learner, Plan, Span, advance
 from fedllm.training.meter import Cost, Member, Meter, charged, held_bytes, passing
 from fedllm.training.objectives import Objective
 
@@ -133,12 +133,17 @@ class Backward:
     """
     Back-propagate into the tunables; with ``goal`` a scalar made of the output, otherwise from
     the ``gradient`` of the output. The result is the gradient of the input, if it wants one.
+
+    learners: those that take their optimizer's step after it, at this ``progress`` of the
+    experiment.
     """
 
     passed: Passed
     step: str
     gradient: Tensor | None = None
     goal: Tensor | None = None
+    learners: tuple[Learner, ...] = ()
+    progress: float = 0.0
 
 
 Job = Fit | Infer | Forward | Backward
@@ -337,23 +342,25 @@ class _Fitting:
         with self.job.meter.step(self.job.step):
             self.batch = next(self.batches)
 
-    def finish(self, loss: float) -> None:
-        """Take the optimizer's step and count."""
-        job = self.job
+    def note(self, loss: float) -> None:
+        """Take down the loss; one that is no number ends this client's training."""
         if not math.isfinite(loss):
             self.error = FedllmError(
                 f"the loss became {loss} at batch {self.number + 1}: lower training.rate "
                 f"(now {self.learner.rate}) or set training.clip"
             )
-            return
-        self.learner.step(job.span.at(self.number / (job.last - job.first)))
         self.summed += loss * self.batch.units
         self.seen += self.batch.units
-        self.number += 1
-        self.left -= 1
+
+    @property
+    def progress(self) -> float:
+        """Where in the experiment this step lies."""
+        return self.job.span.at(self.number / (self.job.last - self.job.first))
 
     def count(self) -> None:
         model, batch = self.job.model, self.batch
+        self.number += 1
+        self.left -= 1
         self.cost.flops += self.job.meter.flops(model, model.whole, batch, backward=True)
         self.cost.examples += batch.rows
         self.cost.tokens += batch.tokens
@@ -384,7 +391,10 @@ def _fit(jobs: list[Fit]) -> list[Any]:
                 losses = _train_pass(pack)
             with charged(members):
                 for fitting, loss in zip(pack, losses, strict=True):
-                    fitting.finish(loss)
+                    fitting.note(loss)
+                well = [fitting for fitting in pack if fitting.error is None]
+                if well:
+                    advance([f.learner for f in well], [f.progress for f in well])
             for fitting in pack:
                 fitting.count()
     return [fitting.result() for fitting in fittings]
@@ -636,6 +646,12 @@ def _backward(jobs: list[Backward]) -> list[Any]:
                     retain_graph=bool(later),
                 )  # fmt: skip
         waiting &= later
+        moving = [(learner, job.progress) for job in group for learner in job.learners]
+        if moving:
+            with charged(members):
+                advance([learner for learner, _ in moving], [at for _, at in moving])
+            for job, member in zip(group, members, strict=True):
+                member.cost.optimizer_steps += bool(job.learners)
         for job, member in zip(group, members, strict=True):
             own = job.passed.job
             x = job.passed.inputs

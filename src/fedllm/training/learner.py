@@ -40,41 +40,23 @@ class Learner:
         }
         self.training = training
         self.rate = rate or training.rate
-        values = list(self.params.values())
-        self.optimizer: torch.optim.Optimizer | None = None
-        if values:
-            decay = training.weight_decay
-            if training.optimizer == "sgd":
-                self.optimizer = torch.optim.SGD(
-                    values, self.rate, momentum=training.momentum, weight_decay=decay
-                )
+        self.slots: dict[str, dict[str, Tensor]] = {slot: {} for slot in SLOTS[training.optimizer]}
+        self.steps: dict[str, int] = {}
+        for key, tensor in (state or {}).items():
+            name, _, slot = key.rpartition("|")
+            if slot == "step":
+                self.steps[name] = int(tensor)
             else:
-                kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[training.optimizer]
-                self.optimizer = kind(values, self.rate, weight_decay=decay)
-        if state and self.optimizer is not None:
-            self._restore(state)
-
-    def _restore(self, state: dict[str, Tensor]) -> None:
-        assert self.optimizer is not None
-        for name, parameter in self.params.items():
-            slots = {
-                key.rpartition("|")[2]: tensor.clone()
-                for key, tensor in state.items()
-                if key.rpartition("|")[0] == name
-            }
-            if slots:
-                self.optimizer.state[parameter] = slots
+                self.slots[slot][name] = tensor.clone()
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors, named ``<tunable>|<slot>``."""
-        if self.optimizer is None:
-            return {}
-        return {
-            f"{name}|{slot}": value.detach().clone()
-            for name, parameter in self.params.items()
-            for slot, value in self.optimizer.state.get(parameter, {}).items()
-            if isinstance(value, Tensor)
+        """The optimizer's tensors, named ``<tunable>|<slot>`` as torch's optimizers name them."""
+        found = {
+            f"{name}|{slot}": tensor.detach().clone()
+            for slot, tensors in self.slots.items()
+            for name, tensor in tensors.items()
         }
+        return found | {f"{n}|step": torch.tensor(float(step)) for n, step in self.steps.items()}
 
     @property
     def reserved(self) -> int:
@@ -89,14 +71,93 @@ class Learner:
 
     def step(self, progress: float) -> None:
         """Clip, set the rate for this point of the experiment, step, forget the gradients."""
-        if self.optimizer is None:
-            return
-        if self.training.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.params.values(), self.training.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * rate_factor(self.training, progress)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        advance([self], [progress])
+
+
+SLOTS = {
+    "sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+}  # fmt: skip
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's
+
+
+@torch.no_grad()
+def advance(learners: Sequence[Learner], progress: Sequence[float]) -> None:
+    """
+    One optimizer step of many learners of the same training, each at its own rate.
+
+    The formulas are those of torch.optim's SGD, Adam and AdamW, which take a step of one model
+    at a time: a hundred small ones would spend more time in Python than in arithmetic.
+    """
+    training = learners[0].training
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    rates: list[float] = []
+    keys: list[tuple[Learner, str]] = []
+    for learner, at in zip(learners, progress, strict=True):
+        mine = [(n, p) for n, p in learner.params.items() if p.grad is not None]
+        found = [p.grad for _, p in mine if p.grad is not None]
+        if training.clip is not None and found:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
+            factor = training.clip / (norm + 1e-6)
+            torch._foreach_mul_(found, factor.clamp(max=1.0))
+        params += [p for _, p in mine]
+        grads += found
+        rates += [learner.rate * rate_factor(training, at)] * len(mine)
+        keys += [(learner, n) for n, _ in mine]
+    if params:
+        (_descend if training.optimizer == "sgd" else _adam)(params, grads, rates, keys, training)
+    for learner in learners:
+        for parameter in learner.params.values():
+            parameter.grad = None
+
+
+def _slot(keys: Sequence[tuple[Learner, str]], slot: str, params: Sequence[Tensor]) -> list[Tensor]:
+    """One slot of every tensor; zeros where it is new."""
+    found = []
+    for (learner, name), parameter in zip(keys, params, strict=True):
+        tensors = learner.slots[slot]
+        if name not in tensors:
+            tensors[name] = torch.zeros_like(parameter)
+        found.append(tensors[name])
+    return found
+
+
+def _descend(
+    params: list[Tensor], grads: list[Tensor], rates: list[float],
+    keys: list[tuple[Learner, str]], training: ex.Training,
+) -> None:  # fmt: skip
+    if training.weight_decay:
+        torch._foreach_add_(grads, params, alpha=training.weight_decay)
+    if training.momentum:
+        buffers = _slot(keys, "momentum_buffer", params)  # zero at first: v = g, as torch's
+        torch._foreach_mul_(buffers, training.momentum)
+        torch._foreach_add_(buffers, grads)
+        grads = buffers
+    torch._foreach_sub_(params, torch._foreach_mul(grads, rates))
+
+
+def _adam(
+    params: list[Tensor], grads: list[Tensor], rates: list[float],
+    keys: list[tuple[Learner, str]], training: ex.Training,
+) -> None:  # fmt: skip
+    counts = []
+    for learner, name in keys:
+        learner.steps[name] = learner.steps.get(name, 0) + 1
+        counts.append(learner.steps[name])
+    if training.weight_decay and training.optimizer == "adamw":
+        torch._foreach_mul_(params, [1 - rate * training.weight_decay for rate in rates])
+    elif training.weight_decay:
+        torch._foreach_add_(grads, params, alpha=training.weight_decay)
+    first, second = _slot(keys, "exp_avg", params), _slot(keys, "exp_avg_sq", params)
+    torch._foreach_lerp_(first, grads, 1 - BETAS[0])
+    torch._foreach_mul_(second, BETAS[1])
+    torch._foreach_addcmul_(second, grads, grads, value=1 - BETAS[1])
+    scale = torch._foreach_sqrt(second)
+    torch._foreach_div_(scale, [math.sqrt(1 - BETAS[1] ** count) for count in counts])
+    torch._foreach_add_(scale, EPSILON)
+    sizes = [-rate / (1 - BETAS[0] ** n) for rate, n in zip(rates, counts, strict=True)]
+    torch._foreach_addcdiv_(params, first, scale, sizes)
 
 
 @dataclass(frozen=True)

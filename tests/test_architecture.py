@@ -14,7 +14,7 @@ BASE = LOW | {"message", "ledger", "experiment"}
 MODELS = BASE | {"models", "data", "codecs", "transport"}
 TRAINING = MODELS | {"training"}
 EXCHANGE = TRAINING | {"aggregation", "exchange"}
-STRATEGIES = EXCHANGE | {"strategies"}
+STRATEGIES = EXCHANGE | {"states", "strategies"}
 ROUND = STRATEGIES | {"worker", "checkpoint", "round", "costs", "summary"}
 FEDERATION = ROUND | {"federation", "report", "compare"}
 ALLOWED = {
@@ -24,6 +24,7 @@ ALLOWED = {
     "ledger": LOW,
     "experiment": LOW,
     "transport": LOW | {"message"},
+    "states": LOW,
     "codecs": BASE,
     "data": BASE | {"data"},
     "models": BASE | {"models"},

@@ -136,16 +136,16 @@ def test_a_round_asked_again_starts_from_the_committed_one() -> None:
     built = build(spec)
     worker = built.worker
     first = worker.handle({"client-1": message(built)})["client-1"]
-    moved = dict(worker.sites["client-1"].state)
+    moved = worker.states.get("client-1")
     again = worker.handle({"client-1": message(built, attempt=2, id="2")})["client-1"]
     assert isinstance(first, Message)
     assert isinstance(again, Message)
     assert all(torch.equal(first.tensors[n], again.tensors[n]) for n in first.tensors)
-    state = worker.sites["client-1"].state
+    state = worker.states.get("client-1")
     assert all(torch.equal(moved[name], state[name]) for name in moved)
     later = worker.handle({"client-1": message(built, round=2, id="3")})["client-1"]
     assert isinstance(later, Message)
-    assert any(not torch.equal(moved[n], worker.sites["client-1"].state[n]) for n in moved)
+    assert any(not torch.equal(moved[n], worker.states.get("client-1")[n]) for n in moved)
 
 
 def test_many_clients_in_one_call() -> None:

@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from fedllm import states
 from fedllm.errors import FedllmError
 from fedllm.strategies.base import ServerState
 
@@ -22,11 +23,11 @@ KEEP = 2
 
 @dataclass(frozen=True)
 class Committed:
-    """Everything needed to go on after ``round``."""
+    """Everything needed to go on after ``round``; ``clients``: names of their ``States``."""
 
     round: int = 0
     server: ServerState = field(default_factory=ServerState)
-    clients: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    clients: dict[str, str] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -46,6 +47,11 @@ def _unflat(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
+def states_in(folder: Path) -> Path:
+    """Where the clients' states lie that the checkpoints in ``folder`` list."""
+    return folder / "clients"
+
+
 def save(folder: Path, committed: Committed) -> None:
     """Write ``folder/round-N``, atomically; older ones than the last two go."""
     target = folder / f"round-{committed.round:05d}"
@@ -54,20 +60,28 @@ def save(folder: Path, committed: Committed) -> None:
     aside.mkdir(parents=True)
     server = {"shared": committed.server.shared, "optimizer": committed.server.optimizer}
     server |= {f"client:{name}": group for name, group in committed.server.clients.items()}
-    hashes = {}
-    for name, groups in (("server", server), ("clients", committed.clients)):
-        data = safetensors.torch.save(_flat(groups))
-        hashes[name] = hashlib.sha256(data).hexdigest()
-        _write(aside / f"{name}.safetensors", data)
+    data = safetensors.torch.save(_flat(server))
+    _write(aside / "server.safetensors", data)
     facts = {
         "round": committed.round, "facts": committed.server.facts,
-        "history": committed.history, "hashes": hashes,
+        "history": committed.history, "clients": committed.clients,
+        "hash": hashlib.sha256(data).hexdigest(),
     }  # fmt: skip
     _write(aside / "state.json", json.dumps(facts).encode())
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
-    for old in sorted(folder.glob("round-*"))[:-KEEP]:
+    rounds = _rounds(folder)
+    for old in rounds[:-KEEP]:
         shutil.rmtree(old)
+    kept = set(committed.clients.values())
+    for other in rounds[-KEEP:-1]:
+        kept |= set(json.loads((other / "state.json").read_text())["clients"].values())
+    states.sweep(states_in(folder), kept)
+
+
+def _rounds(folder: Path) -> list[Path]:
+    """Committed rounds, the newest last."""
+    return sorted(folder.glob("round-*"), key=lambda path: int(path.name.partition("-")[2]))
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -83,7 +97,7 @@ def load(folder: Path) -> Committed | None:
 
     Raises FedllmError when it is damaged, naming the file and the round to fall back to.
     """
-    found = sorted(folder.glob("round-*"))
+    found = _rounds(folder)
     if not found:
         return None
     newest = found[-1]
@@ -92,21 +106,23 @@ def load(folder: Path) -> Committed | None:
     )  # fmt: skip
     try:
         facts = json.loads((newest / "state.json").read_text())
-        groups = {}
-        for name in ("server", "clients"):
-            data = (newest / f"{name}.safetensors").read_bytes()
-            if hashlib.sha256(data).hexdigest() != facts["hashes"][name]:
-                raise FedllmError(
-                    f"{newest / name}.safetensors: damaged checkpoint (hash differs); {other}"
-                )
-            groups[name] = _unflat(safetensors.torch.load(data))
-        server = groups["server"]
+        data = (newest / "server.safetensors").read_bytes()
+        if hashlib.sha256(data).hexdigest() != facts["hash"]:
+            raise FedllmError(
+                f"{newest / 'server.safetensors'}: damaged checkpoint (hash differs); {other}"
+            )
+        server = _unflat(safetensors.torch.load(data))
+        clients = dict(facts["clients"])
+        try:
+            states.verify(states_in(folder), clients.values())
+        except FedllmError as error:
+            raise FedllmError(f"{error}; {other}") from None
         state = ServerState(
             server.get("shared", {}), server.get("optimizer", {}),
             {k.removeprefix("client:"): v for k, v in server.items() if k.startswith("client:")},
             facts["facts"],
         )  # fmt: skip
-        return Committed(int(facts["round"]), state, groups["clients"], facts["history"])
+        return Committed(int(facts["round"]), state, clients, facts["history"])
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise FedllmError(
             f"{newest}: damaged checkpoint ({type(error).__name__}: {error}); {other}"

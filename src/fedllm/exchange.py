@@ -104,6 +104,15 @@ class Exchange:
 
         A reply with NaN or infinity, of another run, round or client is a Failure.
         """
+        clients = list(requests)
+        size = self.transport.window or max(len(clients), 1)
+        for first in range(0, len(clients), size):
+            part = {client: requests[client] for client in clients[first : first + size]}
+            yield from self._ask(part, len(requests))
+
+    def _ask(
+        self, requests: Mapping[str, Message], cohort: int
+    ) -> Iterator[tuple[str, Message | Failure]]:
         waiting: dict[str, tuple[str, Message]] = {}
         for client, request in requests.items():
             self._count += 1
@@ -114,23 +123,16 @@ class Exchange:
             # what is evaluated is the model itself, not what a codec makes of it
             codecs = {} if message.task == "evaluate" else self.codecs
             frame, wire, used = encode(message, codecs)
-            self._frame(len(frame), wire, used, client, "down", len(requests))
+            self._frame(len(frame), wire, used, client, "down", cohort)
             self.listen(message.step, client, 0)
             waiting[self.transport.post(client, frame)] = (client, message)
         for id, answer in self.transport.collect():
             client, message = waiting.pop(id)
-            reply = self._receive(answer, message, len(requests))
+            reply = self._receive(answer, message, cohort)
             if isinstance(reply, Failure):
+                reason = reply.reason[:200]
                 self.ledger.add(
-                    Row(
-                        self.run,
-                        self.round,
-                        reply.step,
-                        client,
-                        "up",
-                        failures=1,
-                        reason=reply.reason[:200],
-                    )
+                    Row(self.run, self.round, reply.step, client, "up", failures=1, reason=reason)
                 )
             yield client, reply
 

@@ -26,6 +26,7 @@ from fedllm.ledger import Ledger
 from fedllm.models.export import save_adapter
 from fedllm.models.loading import LanguageModel, load, load_config, load_tokenizer
 from fedllm.round import Federation
+from fedllm.states import States
 from fedllm.strategies import ServerState, Setup, Site, build
 from fedllm.summary import summarize, variant
 from fedllm.training.cohort import cohort_size, stackable
@@ -209,13 +210,16 @@ def assemble(
     others = _client_models(experiment, base_model, model, prepared)
     exchange_spec = experiment.exchange
     sites = {}
+    states = States()
     for number, (name, data) in enumerate(prepared.clients.items()):
 
         def tick(rows: int, client: str = name) -> None:
             listener.step("", client, rows)
 
         meter = Meter(prepared.measured, tick)
-        site = Site(name, model, data.train, data.test, setup, meter, prepared.public)
+        site = Site(
+            name, model, data.train, data.test, setup, meter, prepared.public, states=states
+        )
         if others:
             own, own_data = others[number % len(others)]
             site = replace(
@@ -224,7 +228,7 @@ def assemble(
                 server_model=model, server_test=data.test,
             )  # fmt: skip
         sites[name] = site
-    worker = Worker(sites, strategy, run, model.base_hash, prepared.tokenizer)
+    worker = Worker(sites, strategy, run, model.base_hash, prepared.tokenizer, states)
     endpoint = Endpoint(worker.handle, exchange_spec.codecs)  # type: ignore[arg-type]
     size = experiment.simulation.cohort or cohort_size(model, experiment.training)
     if len(sites) > 1 and not stackable(model, experiment.training):
@@ -337,6 +341,7 @@ def run(
     create(folder, force=resume)
     try:
         stored.write_text(resolved)
+        federation.worker.states.attach(checkpoint.states_in(folder / "checkpoints"))
         upto = begin.round if begin else 0
         federation.ledger.attach(folder / "ledger.jsonl", upto)
         with (folder / "log.txt").open("a") as log:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -66,22 +66,29 @@ def merge(a: Row, b: Row) -> Row:
 
 
 class Ledger:
-    """Rows of one run. ``add`` fills the open round; ``commit`` writes it to disk for good."""
+    """Rows of one run. ``add`` fills the open round; ``commit`` writes it down for good."""
 
     def __init__(self) -> None:
-        """Start in memory; ``attach`` gives it a file."""
+        """Start in memory; ``attach`` gives it a file, and memory holds the open round only."""
         self.path: Path | None = None
-        self.rows: list[Row] = []
+        self._rows: list[Row] = []
         self._open: dict[tuple[object, ...], Row] = {}
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """All committed rows; where there is a file, read from it."""
+        return self._rows if self.path is None else read(self.path)
 
     def attach(self, path: Path, upto: int) -> None:
         """Go on with the file; rows of rounds after ``upto``, not committed then, are dropped."""
         self.path = path
         if path.exists():
-            self.rows = [row for row in read(path) if row.round <= upto]
             rewritten = path.with_suffix(".tmp")
-            rewritten.write_text("".join(_line(row) for row in self.rows))
+            with rewritten.open("w") as file:
+                file.writelines(_line(row) for row in read(path) if row.round <= upto)
             os.replace(rewritten, path)
+        else:
+            path.touch()
 
     def add(self, row: Row) -> None:
         """Add a row to the open round."""
@@ -95,12 +102,13 @@ class Ledger:
     def commit(self) -> None:
         """Append the open round's rows, in the order in which their keys first came."""
         rows = list(self._open.values())
-        if self.path is not None:
+        if self.path is None:
+            self._rows.extend(rows)
+        else:
             with self.path.open("a") as file:
                 file.writelines(_line(row) for row in rows)
                 file.flush()
                 os.fsync(file.fileno())
-        self.rows.extend(rows)
         self._open.clear()
 
 

@@ -10,15 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from fedllm import experiment as ex
 from fedllm.checkpoint import Committed
 from fedllm.exchange import Exchange
 from fedllm.ledger import Ledger
-from fedllm.message import Message, Role, of_role
+from fedllm.message import Failure, Message, Role, of_role
 from fedllm.strategies.base import Group, ServerState, Strategy
 from fedllm.streams import stream
 from fedllm.training.evaluate import Metrics, add, metrics
 from fedllm.worker import Worker
+
+DETAILED = 100  # with more clients than this, theirs are reported without each class
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,25 @@ def evaluate(federation: Federation, state: ServerState) -> dict[str, Any]:
 
 
 def _ask(federation: Federation, tunables: Group, model: str) -> tuple[Metrics, dict[str, Metrics]]:
+    """One kind of evaluation; replies are summed as they come."""
     message = Message(
         "eval", "evaluate", tunables, of_role(Role.PARAMETER, tunables), {"model": model}
     )
-    clients = federation.exchange.transport.clients()
-    replies = federation.exchange.gather(dict.fromkeys(sorted(clients), message))
-    sums = {client: reply.tensors for client, reply in replies.items()}
+    clients = sorted(federation.exchange.transport.clients())
     labels = federation.labels
-    each = {client: metrics(part, labels) for client, part in sums.items()}
-    whole = metrics(add(list(sums.values())), labels)
-    if len(replies) < len(clients):
-        whole["missing_clients"] = len(clients) - len(replies)
-    return whole, each
+    sums: dict[str, Tensor] = {}
+    each: dict[str, Metrics] = {}
+    failures = []
+    for client, reply in federation.exchange.ask(dict.fromkeys(clients, message)):
+        if isinstance(reply, Failure):
+            failures.append(f"{client}: {reply.reason}")
+            continue
+        sums = add([sums, reply.tensors]) if sums else dict(reply.tensors)
+        each[client] = metrics(reply.tensors, labels)
+        if len(clients) > DETAILED:
+            each[client].pop("per_class", None)
+    federation.exchange.enough(len(each), len(clients), "; ".join(failures))
+    whole = metrics(sums, labels)
+    if failures:
+        whole["missing_clients"] = len(failures)
+    return whole, dict(sorted(each.items()))

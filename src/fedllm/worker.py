@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedllm.errors import FedllmError
 from fedllm.message import Failure, Message, Role, of_role
+from fedllm.states import States
 from fedllm.strategies.base import Site, Strategy
 from fedllm.training.cohort import Tasked, together
 from fedllm.training.evaluate import generate, rouge_l, statistics
@@ -29,14 +30,18 @@ class Worker:
 
     def __init__(
         self, sites: Mapping[str, Site], strategy: Strategy, run: str, base: str,
-        tokenizer: Any = None,
+        tokenizer: Any = None, states: States | None = None,
     ) -> None:  # fmt: skip
-        """``base``: hash of the frozen weights that the server must have, too."""
+        """
+        base: hash of the frozen weights that the server must have, too.  states: those that
+        the sites were built with.
+        """
         self.sites, self.strategy, self.run, self.base = dict(sites), strategy, run, base
         self.tokenizer = tokenizer
-        self._committed = {name: dict(site.state) for name, site in self.sites.items()}
+        self.states = states or States()
         self._attempt: dict[str, tuple[int, int]] = {}
         self._last: dict[str, tuple[str, Message | Failure]] = {}
+        self._round = 0
 
     def handle(self, messages: Mapping[str, Message]) -> dict[str, Message | Failure]:
         """Answer each client's message; one client's fault leaves the others untouched."""
@@ -95,9 +100,12 @@ class Worker:
         if before == now:
             return
         if before is not None and before[0] == message.round:
-            site.state = dict(self._committed[site.name])  # asked again: as if nothing happened
+            self.states.rollback(site.name)  # asked again: as if nothing happened
         else:
-            self._committed[site.name] = dict(site.state)
+            self.states.commit(site.name)
+        if message.round != self._round:  # nobody asks for the answers of an earlier round
+            self._last.clear()
+            self._round = message.round
         site.live.clear()
         site.round = message.round
         self._attempt[site.name] = now
@@ -134,15 +142,16 @@ class Worker:
             "rouge_units": torch.tensor([count], dtype=torch.int64),
         }
 
-    def snapshot(self) -> dict[str, dict[str, Tensor]]:
-        """Every client's state, for a checkpoint."""
-        return {name: dict(site.state) for name, site in self.sites.items() if site.state}
+    def snapshot(self) -> dict[str, str]:
+        """Every client's state, by name, for a checkpoint."""
+        for site in self.sites.values():
+            site.live.clear()  # it ends with the round
+        return self.states.save()
 
-    def restore(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def restore(self, names: Mapping[str, str]) -> None:
         """Go back to a checkpoint's states."""
-        for name, site in self.sites.items():
-            site.state = dict(states.get(name, {}))
+        self.states.restore(names)
+        for site in self.sites.values():
             site.live.clear()
-            self._committed[name] = dict(site.state)
         self._attempt.clear()
         self._last.clear()

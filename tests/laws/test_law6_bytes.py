@@ -20,6 +20,7 @@ class Counting:
 
     def __init__(self, inner: Transport) -> None:
         self.inner, self.down, self.up, self.frames = inner, 0, 0, 0
+        self.window = inner.window
 
     def clients(self) -> Sequence[str]:
         return self.inner.clients()

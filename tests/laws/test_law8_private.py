@@ -23,7 +23,7 @@ class Tapped:
     """Keeps every frame."""
 
     def __init__(self, inner: Transport) -> None:
-        self.inner = inner
+        self.inner, self.window = inner, inner.window
         self.frames: list[bytes] = []
 
     def clients(self) -> Sequence[str]:

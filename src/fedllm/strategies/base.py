@@ -14,6 +14,7 @@ from fedllm.data.examples import Examples
 from fedllm.exchange import Exchange
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
+from fedllm.states import States
 from fedllm.training.cohort import Fit, Tasked, Trained
 from fedllm.training.learner import Plan, Span
 from fedllm.training.meter import Meter
@@ -55,8 +56,9 @@ class Site:
     server_model, server_test: the server's model, where it is another, and the held-out rows in
     that model's tokens, to evaluate it.
 
-    state: saved with every committed round, named ``<group>/<tensor>``.  live: models in
-    training, graphs; gone when a round ends or is asked again.
+    states: what is saved with every committed round; this client's is named
+    ``<group>/<tensor>``.  live: models in training, graphs; gone when a round ends or is asked
+    again.
     """
 
     name: str
@@ -68,19 +70,22 @@ class Site:
     public: Examples | None = None
     server_model: LanguageModel | None = None
     server_test: Examples | None = None
-    state: dict[str, Tensor] = field(default_factory=dict)
+    states: States = field(default_factory=States)
     live: dict[str, Any] = field(default_factory=dict)
     round: int = 0
 
     def group(self, name: str) -> Group:
         """The tensors of one group of the state."""
         prefix = f"{name}/"
-        return {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
+        state = self.states.get(self.name)
+        return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace one group of the state."""
-        self.state = {k: v for k, v in self.state.items() if not k.startswith(f"{name}/")}
-        self.state |= {f"{name}/{key}": tensor for key, tensor in tensors.items()}
+        before = self.states.get(self.name)
+        state = {k: v for k, v in before.items() if not k.startswith(f"{name}/")}
+        if tensors or len(state) < len(before):
+            self.states.put(self.name, state | {f"{name}/{k}": t for k, t in tensors.items()})
 
     def plan(self, examples: Examples, *purpose: object, size: int | None = None) -> Plan:
         """Batches over some examples, from this client's own streams."""

@@ -9,7 +9,13 @@ from fedllm.message import Failure
 
 
 class Transport(Protocol):
-    """The seam between one process and many machines."""
+    """
+    The seam between one process and many machines.
+
+    window: how many frames may be posted before they are collected; None: any number.
+    """
+
+    window: int | None
 
     def clients(self) -> Sequence[str]:
         """Clients that can be asked."""

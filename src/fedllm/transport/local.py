@@ -17,6 +17,7 @@ class Local:
         self._clients = tuple(clients)
         self._endpoint = endpoint
         self._cohort = cohort
+        self.window: int | None = cohort  # more would only wait in memory
         self._posted: list[tuple[str, str, bytes]] = []
         self._count = 0
 

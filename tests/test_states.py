@@ -1,0 +1,72 @@
+"""Clients' states: committed round by round, in memory up to a limit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedllm.errors import FedllmError
+from fedllm.states import States, sweep, verify
+
+NAMES = st.sampled_from(["a", "b", "c"])
+ACTION = st.one_of(
+    st.tuples(st.just("put"), NAMES, st.integers(0, 9)),
+    st.tuples(st.sampled_from(["commit", "rollback", "get", "save"]), NAMES, st.just(0)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(actions=st.lists(ACTION, max_size=25), limit=st.sampled_from([0, 20, 10**6]))
+def test_they_behave_as_two_dictionaries(
+    actions: list[tuple[str, str, int]], limit: int
+) -> None:  # fmt: skip
+    """Whatever fits into memory; saved and restored in between or not."""
+    states = States(limit=limit)
+    now: dict[str, int] = {}
+    then: dict[str, int] = {}
+    for action, client, value in actions:
+        if action == "put":
+            states.put(client, {"x": torch.full((3,), float(value))})
+            now[client] = value
+        elif action == "commit":
+            states.commit(client)
+            if client in now:
+                then[client] = now[client]
+        elif action == "rollback":
+            states.rollback(client)
+            now.pop(client, None)
+            if client in then:
+                now[client] = then[client]
+        elif action == "save":
+            states.restore(states.save())
+            then = dict(now)
+        for name in "abc":
+            found = states.get(name)
+            assert (int(found["x"][0]) if found else None) == now.get(name)
+
+
+def test_what_does_not_fit_lies_on_disk(tmp_path: Path) -> None:
+    states = States(tmp_path, limit=4000)
+    for number in range(50):
+        states.put(f"client-{number}", {"x": torch.full((250,), float(number))})
+    assert len(list(tmp_path.glob("*.safetensors"))) == 46
+    assert all(float(states.get(f"client-{n}")["x"][7]) == n for n in range(50))
+
+
+def test_a_damaged_or_missing_state_is_named(tmp_path: Path) -> None:
+    states = States(tmp_path)
+    states.put("a", {"x": torch.ones(3)})
+    (name,) = states.save().values()
+    verify(tmp_path, [name])
+    data = bytearray((tmp_path / name).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / name).write_bytes(data)
+    fresh = States(tmp_path)
+    fresh.restore({"a": name})
+    with pytest.raises(FedllmError, match="damaged client state"):
+        fresh.get("a")
+    sweep(tmp_path, [])
+    with pytest.raises(FedllmError, match="cannot be read"):
+        verify(tmp_path, [name])

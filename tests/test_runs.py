@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def plain(rows: list[Row]) -> list[dict[str, Any]]:
     """Rows without what differs between two runs of the same thing."""
     return [
-        {k: v for k, v in vars(row).items() if k not in ("seconds", "peak_memory")} for row in rows
+        {k: v for k, v in asdict(row).items() if k not in ("seconds", "peak_memory")}
+        for row in rows
     ]
 
 

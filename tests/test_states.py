@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedllm import ledger
 from fedllm.errors import FedllmError
+from fedllm.ledger import Ledger, Row, total
 from fedllm.states import States, sweep, verify
 
 NAMES = st.sampled_from(["a", "b", "c"])
@@ -70,3 +72,24 @@ def test_a_damaged_or_missing_state_is_named(tmp_path: Path) -> None:
     sweep(tmp_path, [])
     with pytest.raises(FedllmError, match="cannot be read"):
         verify(tmp_path, [name])
+
+
+def test_a_ledger_of_many_rows_waits_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "OPEN", 5)
+    book = Ledger()
+    book.attach(tmp_path / "ledger.jsonl", 0)
+    for round in (1, 2):
+        for number in range(12):
+            book.add(Row("run", round, "a1", f"client-{number}", "up", wire_bytes=1))
+        assert len(book._open) == 2
+        if round == 1:
+            book.commit()
+        assert [row.client for row in book.rows] == [f"client-{n}" for n in range(12)]
+    book.rollback()
+    assert total(book.rows, "wire_bytes") == 12
+    book.add(Row("run", 2, "a1", "client-0", "up", wire_bytes=5))
+    book.commit()
+    assert total(book.rows, "wire_bytes") == 17
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.jsonl"]

@@ -86,7 +86,7 @@ class Prepared:
     """
     Data of one seed, tokenized once and used by every part of a comparison.
 
-    ``division`` keeps the rows, for clients whose model has another tokenizer.
+    ``division`` keeps the rows where some client's model has another tokenizer; None elsewhere.
     """
 
     clients: dict[str, ClientData]
@@ -96,7 +96,7 @@ class Prepared:
     tokenizer: Any
     longest: int
     notes: tuple[str, ...]
-    division: Division
+    division: Division | None = None
     measured: Measured = field(default_factory=Measured)
 
 
@@ -120,12 +120,15 @@ def prepare(
     division = division or divide(experiment, draft.columns, seed)
     encode = Encoder(tokenizer, experiment.task, experiment.data, division.labels, limit)
     on = experiment.evaluation.on
-    clients = {
-        name: ClientData(
-            encode(rows.train, f"client {name!r}"), encode(getattr(rows, on), f"client {name!r}")
-        )
-        for name, rows in division.clients.items()
-    }
+    again = bool(
+        experiment.compare.logits.client_models or getattr(experiment.strategy, "client_models", ())
+    )
+    clients = {}
+    for client in list(division.clients):
+        # rows that nobody needs as text any more make room for their tokens
+        rows = division.clients[client] if again else division.clients.pop(client)
+        where = f"client {client!r}"
+        clients[client] = ClientData(encode(rows.train, where), encode(getattr(rows, on), where))
     public, public_labelled = _public(experiment, division, encode)
     notes = []
     if division.dropped:
@@ -139,7 +142,7 @@ def prepare(
         )
     return Prepared(
         clients, public, public_labelled, division.labels, tokenizer, encode.max_tokens,
-        tuple(notes), division,
+        tuple(notes), division if again else None,
     )  # fmt: skip
 
 
@@ -271,6 +274,7 @@ def _client_models(
     vocabulary = prepared.tokenizer.get_vocab()
     for name in dict.fromkeys(spec.client_models):
         model = base_model(name)
+        assert prepared.division is not None
         theirs = prepare(experiment, 0, prepared.division, name)
         if theirs.tokenizer.get_vocab() != vocabulary:
             if experiment.task.kind == "generation":

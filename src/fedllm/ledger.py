@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from fedllm.errors import FedllmError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """
     direction is ``down`` (server to client), ``up``, or ``compute``.
@@ -49,13 +50,14 @@ class Row:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Rows with equal keys are summed."""
-        return (self.run, self.round, self.step, self.client, self.direction, self.role,
+        """Rows of a round with equal keys are summed."""
+        return (self.step, self.client, self.direction, self.role,
                 self.codec, self.reason, self.cohort)  # fmt: skip
 
 
 _SUMMED = ("payload_bytes", "wire_bytes", "flops", "seconds", "examples", "tokens",
            "optimizer_steps", "frames", "failures")  # fmt: skip
+OPEN = 10_000  # rows of an open round in memory; of more, one key may have several rows
 _NAMES = {field.name for field in fields(Row)}
 
 
@@ -75,17 +77,18 @@ class Ledger:
         self._open: dict[tuple[object, ...], Row] = {}
 
     @property
-    def rows(self) -> Sequence[Row]:
-        """All committed rows; where there is a file, read from it."""
-        return self._rows if self.path is None else read(self.path)
+    def rows(self) -> Iterable[Row]:
+        """All committed rows; where there is a file, read from it one by one."""
+        return self._rows if self.path is None else stream(self.path)
 
     def attach(self, path: Path, upto: int) -> None:
         """Go on with the file; rows of rounds after ``upto``, not committed then, are dropped."""
         self.path = path
+        self._aside.unlink(missing_ok=True)
         if path.exists():
             rewritten = path.with_suffix(".tmp")
             with rewritten.open("w") as file:
-                file.writelines(_line(row) for row in read(path) if row.round <= upto)
+                file.writelines(_line(row) for row in stream(path) if row.round <= upto)
             os.replace(rewritten, path)
         else:
             path.touch()
@@ -94,21 +97,38 @@ class Ledger:
         """Add a row to the open round."""
         before = self._open.get(row.key)
         self._open[row.key] = row if before is None else merge(before, row)
+        if self.path is not None and len(self._open) >= OPEN:
+            self._write(self._aside)
 
     def rollback(self) -> None:
         """Forget the open round."""
         self._open.clear()
+        if self.path is not None:
+            self._aside.unlink(missing_ok=True)
 
     def commit(self) -> None:
         """Append the open round's rows, in the order in which their keys first came."""
-        rows = list(self._open.values())
         if self.path is None:
-            self._rows.extend(rows)
-        else:
-            with self.path.open("a") as file:
-                file.writelines(_line(row) for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
+            self._rows.extend(self._open.values())
+            self._open.clear()
+            return
+        if self._aside.exists():
+            with self._aside.open("rb") as early, self.path.open("ab") as file:
+                shutil.copyfileobj(early, file)
+            self._aside.unlink()
+        self._write(self.path)
+
+    @property
+    def _aside(self) -> Path:
+        """Where rows of an open round wait that are too many for memory."""
+        assert self.path is not None
+        return self.path.with_suffix(".open")
+
+    def _write(self, path: Path) -> None:
+        with path.open("a") as file:
+            file.writelines(_line(row) for row in self._open.values())
+            file.flush()
+            os.fsync(file.fileno())
         self._open.clear()
 
 
@@ -117,18 +137,22 @@ def _line(row: Row) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a ``ledger.jsonl``. A torn last line (killed while writing) is left out."""
-    rows = []
-    lines = path.read_text().splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line)
-            rows.append(Row(**{name: values[name] for name in _NAMES if name in values}))
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise FedllmError(f"{path}: line {number} is not a ledger row") from None
-    return rows
+    """Rows of a ``ledger.jsonl``, as ``stream`` gives them."""
+    return list(stream(path))
+
+
+def stream(path: Path) -> Iterator[Row]:
+    """One row after another. A torn last line (killed while writing) is left out."""
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            try:
+                values = json.loads(line)
+                row = Row(**{name: values[name] for name in _NAMES if name in values})
+            except (ValueError, TypeError, KeyError):
+                if not line.endswith("\n"):
+                    return
+                raise FedllmError(f"{path}: line {number} is not a ledger row") from None
+            yield row
 
 
 def total(rows: Iterable[Row], field: str, **where: object) -> float:

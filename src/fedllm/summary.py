@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from fedllm import experiment as ex
@@ -86,7 +86,7 @@ def headline(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarize(
-    experiment: ex.Experiment, seed: int, rows: Sequence[Row], history: list[dict[str, Any]],
+    experiment: ex.Experiment, seed: int, rows: Iterable[Row], history: list[dict[str, Any]],
     notes: Notes,
 ) -> dict[str, Any]:  # fmt: skip
     """The contents of ``summary.json``; numbers are those of the last round."""

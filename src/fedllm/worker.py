@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedllm.training.cohort import Tasked, together
 from fedllm.training.evaluate import generate, rouge_l, statistics
 
 LOG = logging.getLogger(__name__)
+REMEMBERED = 16  # answers that are kept in case they got lost, besides those of the last call
 
 
 class Worker:
@@ -40,7 +42,7 @@ class Worker:
         self.tokenizer = tokenizer
         self.states = states or States()
         self._attempt: dict[str, tuple[int, int]] = {}
-        self._last: dict[str, tuple[str, Message | Failure]] = {}
+        self._last: OrderedDict[str, tuple[str, Message | Failure]] = OrderedDict()
         self._round = 0
 
     def handle(self, messages: Mapping[str, Message]) -> dict[str, Message | Failure]:
@@ -53,6 +55,8 @@ class Worker:
                 tasks[client] = self._answer(self.sites[client], messages[client])
         for client, result in together(tasks).items():
             replies[client] = self._finish(client, messages[client], result)
+        while len(self._last) > max(len(messages), REMEMBERED):
+            self._last.popitem(last=False)
         return {client: reply for client, reply in replies.items() if reply is not None}
 
     def _known(self, client: str, message: Message) -> Message | Failure | None:
@@ -91,7 +95,9 @@ class Worker:
         else:
             LOG.debug("client %s, step %s", client, message.step, exc_info=result)
             reply = Failure(client, message.step, f"{type(result).__name__}: {result}")
-        self._last[client] = (message.id, reply)
+        if message.task != "evaluate":  # asked again it is only computed again
+            self._last[client] = (message.id, reply)
+            self._last.move_to_end(client)
         return reply
 
     def _open(self, site: Site, message: Message) -> None:

@@ -16,6 +16,7 @@ from fedllm import experiment as ex
 from fedllm.errors import FedllmError, nearest
 
 Ints = npt.NDArray[np.int64]
+EMPTY: Ints = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Examples:
 
     ids: tokens of each row.  labels: class of each row (classification; empty otherwise).
     start: index of the first token that is predicted (generation).  utf8: bytes of the text
-    that the predicted tokens stand for.  prompts, responses: text, kept for Rouge-L.
+    that the predicted tokens stand for (generation).  prompts, responses: text, kept for Rouge-L.
     unknown: tokens that are ``<unk>``.  hash: of the text, to see that two sites hold the same
     public set whatever their tokenizers.
     """
@@ -75,8 +76,7 @@ class Examples:
 
     def without_labels(self) -> Examples:
         """The same rows with nothing but their tokens; every token but the first is predicted."""
-        empty = np.zeros(0, np.int64)
-        return Examples(self.ids, empty, np.ones(len(self), np.int64), empty, hash=self.hash)
+        return Examples(self.ids, EMPTY, np.ones(len(self), np.int64), EMPTY, hash=self.hash)
 
 
 def join(parts: Sequence[Examples]) -> Examples:
@@ -158,8 +158,8 @@ class Encoder:
         return Examples(
             ids=tuple(np.array(row, np.int64) for row in ids),
             labels=np.array(labels, np.int64),
-            start=np.zeros(0, np.int64),
-            utf8=np.array([len(text.encode()) for text in texts], np.int64),
+            start=EMPTY,
+            utf8=EMPTY,
             unknown=self._unknown(ids),
         )
 
@@ -203,7 +203,7 @@ class Encoder:
             raise FedllmError(f"no text in column {self.data.text!r}")
         return Examples(
             ids=tuple(np.array(row, np.int64) for row in ids),
-            labels=np.zeros(0, np.int64),
+            labels=EMPTY,
             start=np.ones(len(ids), np.int64),
             utf8=np.array(utf8, np.int64),
             unknown=self._unknown(ids),
@@ -243,7 +243,7 @@ class Encoder:
             utf8.append(max(len(shown.encode()), 1))
         return Examples(
             ids=tuple(np.array(row, np.int64) for row in ids),
-            labels=np.zeros(0, np.int64),
+            labels=EMPTY,
             start=np.array(starts, np.int64),
             utf8=np.array(utf8, np.int64),
             prompts=tuple(row[self.data.prompt] for row in rows),

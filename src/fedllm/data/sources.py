@@ -92,6 +92,8 @@ def _load(path: Path, source: str, kind: str, split: str, key: str) -> Rows:
 
 
 def _rows(data: Any) -> Rows:
+    import pyarrow  # type: ignore[import-untyped]
+
     features = data.features
     columns = {}
     for name in data.column_names:
@@ -99,7 +101,9 @@ def _rows(data: Any) -> Rows:
         decode = getattr(features[name], "int2str", None)
         columns[name] = ["" if v is None else decode(v) if decode else str(v) for v in values]
     names = list(columns)
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    pyarrow.default_memory_pool().release_unused()  # it would keep what the file took
+    return rows
 
 
 def need(rows: Rows, columns: Sequence[str], source: str, section: str = "data") -> None:

@@ -24,12 +24,12 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/plain_loop.py --out benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/speed.py --out benchmarks/RESULTS.md
 
 study: $(STAMP)
 	$(BIN)/fedllm compare experiments/banking77-minilm.toml --out runs/banking77-minilm --resume
 	$(BIN)/fedllm compare experiments/shakespeare.toml --out runs/shakespeare --resume
-	$(BIN)/python benchmarks/plain_loop.py --accuracy --out benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/plain_loop.py --accuracy --out benchmarks/QUALITY.md
 
 clean:
 	rm -rf $(VENV) runs dist build

@@ -19,9 +19,10 @@ MARK = "<!-- banking77 -->"
 BANKING = """Banking77 divided as in the paper's case study (5,002 public rows, 3 clients x 1,667,
 test 3,080), MiniLM (22.7 M, real weights), LoRA r = 8 on query and value; {what}, one core. Costs
 are per client and round; memory is the peak of live tensors. Made by
-`fedllm compare experiments/banking77-minilm.toml` (`make study` runs it). Activations, with the
-sequential server, get three server steps for each step of the others; standalone-equal-steps gives
-each client alone as many steps as logits gave it."""
+`fedllm compare experiments/banking77-minilm.toml` (`make study` runs it). The rate was chosen
+on held-out training rows. Activations, with the sequential server, get three server steps
+for each step of the others; standalone-equal-steps gives each client alone as many steps as logits
+gave it."""
 SHAKESPEARE = """Tiny Shakespeare: five speakers, each a client with its own lines (80 % training,
 20 % held out); stories-260k (Llama type, 260 k, real weights, trained on children's stories), LoRA
 r = 8; {what}, one core. Made by `fedllm compare experiments/shakespeare.toml`{cut}."""

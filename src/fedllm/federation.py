@@ -83,11 +83,7 @@ class ClientData:
 
 @dataclass(frozen=True)
 class Prepared:
-    """
-    Data of one seed, tokenized once and used by every part of a comparison.
-
-    ``division`` keeps the rows where some client's model has another tokenizer; None elsewhere.
-    """
+    """Data of one seed, tokenized once and used by every part of a comparison."""
 
     clients: dict[str, ClientData]
     public: Examples | None
@@ -96,20 +92,18 @@ class Prepared:
     tokenizer: Any
     longest: int
     notes: tuple[str, ...]
-    division: Division | None = None
     measured: Measured = field(default_factory=Measured)
 
 
 def prepare(
     experiment: ex.Experiment,
     seed: int,
-    division: Division | None = None,
     name: str | None = None,
 ) -> Prepared:
     """
     Read, divide and tokenize the data of a simulated federation.
 
-    division: rows divided before, to be tokenized for another model ``name``.
+    name: of another model than the experiment's, whose tokenizer to use.
     Raises FedllmError as ``data.simulation.divide`` and ``data.examples.Encoder`` do.
     """
     config = load_config(experiment.model, name)
@@ -117,16 +111,12 @@ def prepare(
     limit = int(getattr(config, "max_position_embeddings", 512))
     limit -= getattr(experiment.tunables, "tokens", 0)
     draft = Encoder(tokenizer, experiment.task, experiment.data, (), limit)
-    division = division or divide(experiment, draft.columns, seed)
+    division = divide(experiment, draft.columns, seed)
     encode = Encoder(tokenizer, experiment.task, experiment.data, division.labels, limit)
     on = experiment.evaluation.on
-    again = bool(
-        experiment.compare.logits.client_models or getattr(experiment.strategy, "client_models", ())
-    )
     clients = {}
     for client in list(division.clients):
-        # rows that nobody needs as text any more make room for their tokens
-        rows = division.clients[client] if again else division.clients.pop(client)
+        rows = division.clients.pop(client)  # text makes room for its tokens
         where = f"client {client!r}"
         clients[client] = ClientData(encode(rows.train, where), encode(getattr(rows, on), where))
     public, public_labelled = _public(experiment, division, encode)
@@ -142,7 +132,7 @@ def prepare(
         )
     return Prepared(
         clients, public, public_labelled, division.labels, tokenizer, encode.max_tokens,
-        tuple(notes), division if again else None,
+        tuple(notes),
     )  # fmt: skip
 
 
@@ -210,7 +200,7 @@ def assemble(
         prepared.longest,
     )  # fmt: skip
     strategy = build(strategy_spec, setup, model, prepared.public)
-    others = _client_models(experiment, base_model, model, prepared)
+    others = _client_models(experiment, seed, base_model, model, prepared)
     exchange_spec = experiment.exchange
     sites = {}
     states = States()
@@ -262,6 +252,7 @@ def untrained(experiment: ex.Experiment, seed: int, prepared: Prepared) -> dict[
 
 def _client_models(
     experiment: ex.Experiment,
+    seed: int,
     base_model: Callable[[str], LanguageModel],
     server: LanguageModel,
     prepared: Prepared,
@@ -274,8 +265,7 @@ def _client_models(
     vocabulary = prepared.tokenizer.get_vocab()
     for name in dict.fromkeys(spec.client_models):
         model = base_model(name)
-        assert prepared.division is not None
-        theirs = prepare(experiment, 0, prepared.division, name)
+        theirs = prepare(experiment, seed, name)  # the same rows, in its own tokens
         if theirs.tokenizer.get_vocab() != vocabulary:
             if experiment.task.kind == "generation":
                 raise FedllmError(

@@ -32,8 +32,8 @@ FITTING = [
 ]  # fmt: skip
 
 
-# A new head on this small Llama starts with a loss of about ten, and larger steps make rounding
-# grow tenfold with each
+# Rounding differs between products of few and of many rows, and large steps make it grow tenfold
+# with each; a new head on this small Llama starts with a loss of about ten
 STEEP = 0.001
 
 
@@ -79,7 +79,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_ten_sgd_steps_together_are_ten_steps_alone(
     name: str, tunables: dict[str, Any], passes: list[int]
 ) -> None:
-    rate = STEEP if name == LLAMA else 0.05
+    rate = STEEP if name == LLAMA else 0.005
     spec = experiment(name, tunables=tunables, training={"batch_size": 3, "rate": rate})
     jobs = fits(spec, [10, 10, 10])
     together, single = both(jobs)
@@ -87,7 +87,7 @@ def test_ten_sgd_steps_together_are_ten_steps_alone(
     assert passes[10:] == [1] * 30
     for one, other, job in zip(together, single, jobs, strict=True):
         assert furthest(one.values, other.values) < 1e-5
-        assert furthest(one.values, dict(job.tunables)) > 1e-4
+        assert furthest(one.values, dict(job.tunables)) > 2e-5
         assert one.loss == pytest.approx(other.loss, abs=1e-5)
 
 
@@ -106,7 +106,9 @@ def test_gradients_and_adam_updates_are_those_alone(name: str, task: str) -> Non
 
 
 def test_uneven_numbers_of_steps_are_kept_apart(passes: list[int]) -> None:
-    spec = experiment(training={"batch_size": 4, "schedule": "linear"}, tunables={"dropout": 0.3})
+    spec = experiment(
+        training={"batch_size": 4, "schedule": "linear", "rate": 0.002}, tunables={"dropout": 0.3}
+    )
     together, single = both(fits(spec, [1, 5, 3]))
     assert passes[:5] == [3, 2, 2, 1, 1]
     assert [result.steps for result in together] == [1, 5, 3]
@@ -147,7 +149,7 @@ def test_a_rank_of_its_own_means_what_peft_makes_of_it() -> None:
 STRATEGIES: list[dict[str, Any]] = [
     {"kind": "parameters"},
     {"kind": "logits", "epochs": 2},
-    {"kind": "logits", "server_model": False, "loss": "mse"},
+    {"kind": "logits", "server_model": False, "loss": "mse", "rate": 0.0001},
     {"kind": "activations", "cut": 2, "server": "per-client"},
     {"kind": "activations", "cut": 2, "server": "per-client", "labels": "client"},
     {"kind": "activations", "cut": 2, "server": "concatenated"},
@@ -164,7 +166,7 @@ def test_whole_runs_are_those_of_a_cohort_of_one(
     def run(size: int) -> tuple[Tensors, list[dict[str, Any]], dict[str, float]]:
         spec = experiment(
             name, task, rounds=2, strategy=strategy, tunables={"dropout": 0.1},
-            training={"rate": STEEP if name == LLAMA else 0.02, "batch_size": 4},
+            training={"rate": STEEP if name == LLAMA else 0.002, "batch_size": 4},
             simulation={"cohort": size, "clients": 3, "sizes": [11, 8, 5], "test_examples": 30},
         )  # fmt: skip
         built = build(spec)
@@ -200,7 +202,7 @@ def test_what_cannot_be_stacked_trains_alone_and_the_run_says_so(passes: list[in
 
 def test_one_clients_broken_loss_leaves_the_others_alone() -> None:
     """A client whose tunables hold NaN fails by itself; the rest get what they get without it."""
-    jobs = fits(experiment(), [3, 3, 3])
+    jobs = fits(experiment(training={"rate": 0.005}), [3, 3, 3])
     broken = {n: torch.full_like(t, float("nan")) for n, t in jobs[1].tunables.items()}
     jobs[1].tunables = broken
     together, single = both(jobs)

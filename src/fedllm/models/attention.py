@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from fedllm.models.inputs import Inputs
+from fedllm.models.slots import Slots
 
 NAME = "fedllm-blocks"
 
@@ -25,16 +26,33 @@ class Run:
     mask: Tensor | None
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Cells that logits are made of (None: all), and how many of them are each client's."""
+
+    cells: Tensor | None
+    sizes: tuple[int, ...]
+    slots: Slots
+
+    def begin(self) -> None:
+        """From here on layers see these cells only."""
+        self.slots.sizes = self.sizes
+
+
 class Layout:
     """Where each row lies, and what comes before it, for every layer of one pass."""
 
     def __init__(
-        self, inputs: Inputs, causal: bool, extra: int, prefix: Tensor | None = None
-    ) -> None:
+        self, inputs: Inputs, causal: bool, extra: int, prefix: Tensor | None = None,
+        chosen: Chosen | None = None,
+    ) -> None:  # fmt: skip
         """
         extra: virtual tokens in every row.  prefix: learnt keys and values of each row,
-        [rows, layers * 2, heads, tokens, width].
+        [rows, layers * 2, heads, tokens, width].  chosen: what the last block goes on with; its
+        hidden states are ``narrowed`` afterwards.
         """
+        self.chosen = chosen
+        self.narrowed: Tensor | None = None
         self.causal, self.prefix = causal, prefix
         self.before = 0 if prefix is None else prefix.shape[-2]
         lengths = None if inputs.lengths is None else inputs.lengths + extra

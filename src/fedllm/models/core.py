@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedllm.models.attention import Layout
+from fedllm.models.attention import Chosen, Layout
 from fedllm.models.families import Family
 from fedllm.models.inputs import Inputs
 from fedllm.models.slots import Slots
@@ -121,27 +121,45 @@ class Core(nn.Module):
         """Hidden states, or of them only those that ``scores`` turns into logits."""
         if self.family is None:
             return self._plain(inputs)
-        hidden = inputs.x if self.part == "tail" else self._blocks(inputs)
         if self.part in ("client", "body"):
-            return hidden
-        if self.part == "tail" and self.family.norm is not None:
-            norm = f"{self.family.backbone}.{self.family.norm}"
-            hidden = self.model.get_submodule(norm)(hidden)
-        extra = self.prompt_tokens
-        self.slots.sizes = tuple(sum(r for r, _ in part) for part in inputs.parts)
+            return self._blocks(inputs, None)
+        chosen, sizes = self._chosen(inputs)
+        if self.part == "tail":
+            hidden = inputs.x if chosen is None else inputs.x[chosen]
+        else:
+            hidden = self._blocks(inputs, Chosen(chosen, sizes, self.slots))
+        self.slots.sizes = sizes
+        if self.family.norm is not None:
+            norm = self.model.get_submodule(f"{self.family.backbone}.{self.family.norm}")
+            hidden = norm.real(hidden)
+        return hidden
+
+    def _chosen(self, inputs: Inputs) -> tuple[Tensor | None, tuple[int, ...]]:
+        """Cells that logits are made of (None: all), and how many are each client's."""
+        assert self.family is not None
+        extra, device = self.prompt_tokens, inputs.x.device
         if not self.decoder_head:
             places = inputs.starts(extra)
-            if self.family.decoder:
-                lengths = inputs.full_lengths()
-                last = torch.from_numpy(places + extra - 1).to(lengths.device) + lengths
-                return hidden[last]
-            return hidden[torch.from_numpy(places).to(hidden.device)]
+            rows = tuple(sum(r for r, _ in part) for part in inputs.parts)
+            if not self.family.decoder:
+                return torch.from_numpy(places).to(device), rows
+            last = torch.from_numpy(places + extra - 1).to(device) + inputs.full_lengths()
+            return last, rows
+        cells = tuple(sum(r * n for r, n in part) for part in inputs.parts)
+        select = inputs.select
+        if select is None:
+            sizes = cells
+        elif len(cells) == 1:
+            sizes = (len(select),)
+        else:
+            ends = torch.tensor(cells, device=device).cumsum(0)
+            counts = torch.searchsorted(select.contiguous(), ends)
+            sizes = tuple(counts.diff(prepend=counts.new_zeros(1)).tolist())
         if not extra:
-            return hidden if inputs.select is None else hidden[inputs.select]
+            return select, sizes
         row = np.repeat(np.arange(inputs.rows), inputs.width_of_rows)
-        cells = np.arange(inputs.cells) + extra * (row + 1)
-        index = torch.from_numpy(cells).to(hidden.device)
-        return hidden[index if inputs.select is None else index[inputs.select]]
+        index = torch.from_numpy(np.arange(inputs.cells) + extra * (row + 1)).to(device)
+        return (index if select is None else index[select]), sizes
 
     def scores(self, features: Tensor) -> Tensor:
         """Features [units, width] -> logits [units, outputs]."""
@@ -171,7 +189,8 @@ class Core(nn.Module):
         flat = logits.reshape(-1, logits.shape[-1])
         return flat if inputs.select is None else flat[inputs.select]
 
-    def _blocks(self, inputs: Inputs) -> Tensor:
+    def _blocks(self, inputs: Inputs, chosen: Chosen | None) -> Tensor:
+        """Hidden states of all cells, or of those chosen after the last block's attention."""
         assert self.family is not None
         extra = self.prompt_tokens
         self.slots.sizes = tuple(
@@ -185,7 +204,7 @@ class Core(nn.Module):
             known["inputs_embeds"] = self._prompted(inputs)[None]
         else:
             known["input_ids"] = inputs.x[None]
-        layout = Layout(inputs, self.family.decoder, extra, self._past(inputs))
+        layout = Layout(inputs, self.family.decoder, extra, self._past(inputs), chosen)
         positions = inputs.positions(extra, layout.before)
         if self.family.decoder:
             known["use_cache"] = False
@@ -193,7 +212,7 @@ class Core(nn.Module):
         hidden: Tensor = backbone(
             **known, position_ids=positions[None], layout=layout
         ).last_hidden_state
-        return hidden[0]
+        return hidden[0] if layout.narrowed is None else layout.narrowed[0]
 
     def _prompted(self, inputs: Inputs) -> Tensor:
         """Embedded tokens with each client's soft prompt before every row."""
@@ -270,6 +289,70 @@ def _places(core: nn.Module) -> dict[str, list[tuple[dict[str, Any], str]]]:
     return found
 
 
+class Later(nn.Module):
+    """Hands its input on inside the library's forward pass; the core calls the ``real`` one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Share the module's parameters, so that names stay."""
+        super().__init__()
+        self._parameters, self._modules = module._parameters, module._modules
+        self._real = (module,)  # in a tuple, so that it is not a submodule
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[any] -> the same."""
+        return hidden
+
+    def real(self, hidden: Tensor) -> Tensor:
+        """What the module itself makes of it."""
+        found: Tensor = self._real[0](hidden)
+        return found
+
+
+class Narrow(nn.Module):
+    """
+    The last block: its feed-forward part sees only the cells that logits are made of.
+
+    They lie in the layout afterwards; the block's own return value is of no use then.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        """Share the block's modules, so that names stay."""
+        super().__init__()
+        self._parameters, self._modules = block._parameters, block._modules
+        self._real = (block,)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[1, cells, width] -> the same."""
+        layout: Layout = kwargs["layout"]
+        block: Any = self._real[0]
+        chosen = layout.chosen
+        if chosen is None or chosen.cells is None:
+            whole: Tensor = block(hidden, *args, **kwargs)
+            return whole
+        self._attended(block, hidden, chosen, layout, kwargs)
+        return hidden
+
+    def _attended(
+        self, block: Any, hidden: Tensor, chosen: Chosen, layout: Layout, kwargs: dict[str, Any]
+    ) -> None:
+        """The three ways in which the families' blocks are written."""
+        assert chosen.cells is not None
+        if hasattr(block, "feed_forward_chunk"):  # BERT
+            attended, _ = block.attention(hidden, **kwargs)
+            chosen.begin()
+            layout.narrowed = block.feed_forward_chunk(attended[:, chosen.cells])
+            return
+        if hasattr(block, "ln_1"):  # GPT-2
+            before, attention, after = block.ln_1, block.attn, block.ln_2
+        else:  # Llama and its kin
+            before, attention = block.input_layernorm, block.self_attn
+            after = block.post_attention_layernorm
+        attended = attention(hidden_states=before(hidden), **kwargs)[0]
+        chosen.begin()
+        rest = (hidden + attended)[:, chosen.cells]
+        layout.narrowed = rest + block.mlp(after(rest))
+
+
 def _changes(model: Any, family: Family, part: Part, cut: int) -> dict[str, nn.Module | None]:
     """What a part replaces, by full path."""
     spine = family.backbone
@@ -284,8 +367,12 @@ def _changes(model: Any, family: Family, part: Part, cut: int) -> dict[str, nn.M
     for index in range(blocks):
         if index not in keep:
             changes[f"{spine}.{family.blocks}.{index}"] = Pass()
-    if part in ("client", "body") and family.norm is not None:
-        changes[f"{spine}.{family.norm}"] = Pass()
+    if part in ("whole", "server"):
+        last = f"{spine}.{family.blocks}.{blocks - 1}"
+        changes[last] = Narrow(model.get_submodule(last))
+    if family.norm is not None:
+        norm = f"{spine}.{family.norm}"
+        changes[norm] = Pass() if part in ("client", "body") else Later(model.get_submodule(norm))
     if part in ("client", "body"):
         for head in (family.head, "lm_head"):
             if head in model._modules:

@@ -9,6 +9,7 @@ streams and numbers of steps stay each client's own.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -30,7 +31,16 @@ from fedllm.models.loading import LanguageModel
 from fedllm.streams import generator, torch_stream
 from fedllm.training.batches import Batch, batches
 from fedllm.training.learner import Learner, Plan, Span, advance
-from fedllm.training.meter import Cost, Member, Meter, charged, held_bytes, passing
+from fedllm.training.meter import (
+    Cost,
+    Member,
+    Meter,
+    charged,
+    held_bytes,
+    measures_itself,
+    passing,
+    typical,
+)  # fmt: skip
 from fedllm.training.objectives import Objective
 
 CELLS = 4096  # cells of one pass at most; larger ones gain nothing more
@@ -385,7 +395,9 @@ def _fit(jobs: list[Fit]) -> list[Any]:
             members = [fitting.member for fitting in pack]
 
             def by_itself(member: Member, pack: list[_Fitting] = pack) -> None:
-                _train_pass([f for f in pack if f.batch is member.batch], keep=False)
+                one = copy.copy(next(f for f in pack if f.batch is member.batch))
+                one.batch = typical(one.batch)
+                _train_pass([one], keep=False)
 
             with passing(model.whole, _kind(pack[0]), members, by_itself):
                 losses = _train_pass(pack)
@@ -517,16 +529,14 @@ def _infer(jobs: list[Infer]) -> list[Any]:
         ):
             members = [one.member for one in pack]
 
-            def run(pack: Sequence[_Inferring]) -> Tensor:
-                inputs = beside([one.member.batch.inputs for one in pack])
-                tunables = stack(core, [one.job.tunables for one in pack])
-                return core.apply_to(tunables, inputs)
-
             def by_itself(member: Member, pack: list[_Inferring] = pack) -> None:
-                run([one for one in pack if one.batch is member.batch])
+                one = next(one for one in pack if one.batch is member.batch)
+                core.apply_to(one.job.tunables, typical(member.batch).inputs)
 
             with passing(core, "forward", members, by_itself):
-                logits = run(pack).float()
+                tunables = stack(core, [one.job.tunables for one in pack])
+                inputs = beside([member.batch.inputs for member in members])
+                logits = core.apply_to(tunables, inputs).float()
                 parts = torch.split(logits, [member.batch.units for member in members])
                 for one, part in zip(pack, parts, strict=True):
                     one.job.take(one.member.batch, part)
@@ -594,10 +604,11 @@ def _half_pass(
 def _forgotten(job: Forward) -> Tensor:
     """The output of a half for one client, whose gradient goes nowhere."""
     params = _copies(job.half.learner.params)
-    inputs = job.batch.inputs
+    batch = typical(job.batch)
+    inputs = batch.inputs
     if inputs.x.requires_grad:
         inputs = inputs.after(inputs.x.detach().requires_grad_(True))
-    copied = replace(job, batch=replace(job.batch, inputs=inputs))
+    copied = replace(job, batch=replace(batch, inputs=inputs))
     ((_, out),) = _half_pass([copied], [params])
     return out
 
@@ -626,7 +637,7 @@ def _backward(jobs: list[Backward]) -> list[Any]:
                  if goal.requires_grad]  # fmt: skip
 
         kind = f"{first.kind} backward"
-        shapes = {} if len(group) == 1 else {m.shape(half.core, kind): m for m in members}
+        shapes = {} if measures_itself(members) else {m.shape(half.core, kind): m for m in members}
         known = members[0].meter.measured.peaks
         copies = {
             id(job.passed.job.batch): _forgotten(job.passed.job)

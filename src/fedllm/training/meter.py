@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -161,12 +161,33 @@ class Member:
 
     def shape(self, core: Core, kind: str) -> tuple[object, ...]:
         """
-        What its peak of memory depends on: rows, length (to the next 4), and predicted
-        positions (to the next eighth of all).
+        What its peak of memory is remembered for: rows and lengths, whether there is padding,
+        and predicted positions to the next eighth of all (``typical`` has that many).
         """
         inputs = self.batch.inputs
-        blocks = tuple((rows, -(-length // 4) * 4) for rows, length in inputs.blocks)
-        return (core.key, kind, blocks, -(-8 * self.batch.selected // inputs.cells))
+        return (core.key, kind, inputs.blocks, inputs.packed, _eighths(self.batch))
+
+
+def _eighths(batch: Batch) -> int:
+    return -(-8 * batch.selected // batch.inputs.cells)
+
+
+def typical(batch: Batch) -> Batch:
+    """
+    A batch of the same shape, with predicted positions to the next eighth: what is measured.
+
+    So a peak depends on the shape alone, and not on which batch happened to come first.
+    """
+    if not batch.selected:
+        return batch
+    count = _eighths(batch) * batch.inputs.cells // 8
+    some = torch.arange(count, device=batch.targets.device)
+    return Batch(replace(batch.inputs, select=some), some * 0, some * 0, batch.tokens)
+
+
+def measures_itself(members: Sequence[Member]) -> bool:
+    """Whether a pass is one client's and of a shape that is exact."""
+    return len(members) == 1 and not members[0].batch.selected
 
 
 @contextmanager
@@ -192,9 +213,9 @@ def passing(
     Around one pass of these clients side by side: charge its seconds, note peaks of memory.
 
     The peak is what the client would need on a machine of its own. It is measured on the first
-    batch of each shape of each kind of pass: on the pass itself where that has one member,
-    otherwise by ``alone``, which makes the pass for one member and forgets it. Neither the
-    measuring (a dispatch mode slows a pass down) nor ``alone`` is charged to anybody.
+    batch of each shape of each kind of pass: on the pass itself where that is one client's,
+    otherwise by ``alone``, which makes it for one member's ``typical`` batch and forgets it.
+    Neither the measuring (a dispatch mode slows a pass down) nor ``alone`` is charged to anybody.
     """
     measured, clock = members[0].meter.measured, members[0].meter.clock
     mode: LiveBytes | nullcontext[None] = nullcontext()
@@ -202,7 +223,7 @@ def passing(
         shape = member.shape(core, kind)
         if shape not in measured.peaks:
             probe = LiveBytes(members[0].batch.inputs.x.device)
-            if len(members) == 1:
+            if measures_itself(members):
                 mode = probe
                 break
             with probe:

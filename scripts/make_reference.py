@@ -157,7 +157,8 @@ MEANING = {
     "simulation.test_fraction": "held-out part of each client's rows where there is no `test`",
     "simulation.validation": "part of each client's training rows set aside for validation",
     "simulation.cohort": "most clients that train side by side in one pass over the base; without "
-                         "it as many as memory allows, at most 256",
+                         "it as many as memory allows, at most 256 (another number rounds "
+                         "differently)",
     "compare.strategies": "which strategies run",
     "compare.bounds": "which bounds run",
     "compare.parameters": "options as in `[strategy]` with this kind",

@@ -171,7 +171,7 @@ def test_any_other_architecture_works_whole(tmp_path: Path) -> None:
         max_position_embeddings=64, num_labels=7,
     )  # fmt: skip
     DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "other")
-    spec = experiment(tunables={"kind": "lora", "targets": ["q_lin"]})
+    spec = experiment(tunables={"kind": "lora", "targets": ["q_lin"], "dropout": 0.1})
     spec = spec.replace(
         model=ex.Model(name=str(tmp_path / "other"), tokenizer="builtin"),
         training=spec.training.model_copy(update={"rate": 0.01}),

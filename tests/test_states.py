@@ -93,3 +93,17 @@ def test_a_ledger_of_many_rows_waits_on_disk(
     book.commit()
     assert total(book.rows, "wire_bytes") == 17
     assert [path.name for path in tmp_path.iterdir()] == ["ledger.jsonl"]
+
+
+def test_equal_states_are_held_once_and_a_broken_file_is_written_again(tmp_path: Path) -> None:
+    states = States(tmp_path)
+    for _ in range(3):
+        for number in range(10):
+            states.put(f"client-{number}", {"x": torch.ones(100)})
+        (name,) = set(states.save().values())
+    assert states._held == 400
+    (tmp_path / name).write_bytes(b"")
+    again = States(tmp_path)
+    again.put("a", {"x": torch.ones(100)})
+    again.save()
+    verify(tmp_path, [name])

@@ -8,6 +8,7 @@ the names. So ten thousand clients need the memory of those that are at work.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -129,15 +130,21 @@ class States:
         data = safetensors.torch.save(state)
         written = f"{hashlib.sha256(data).hexdigest()[:40]}.safetensors"
         target = self.folder / written
-        if not target.exists():
-            aside = target.with_suffix(".part")
-            aside.write_bytes(data)
-            aside.replace(target)
+        aside = target.with_suffix(".part")
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(target)  # also over an old one, which may be damaged
         for names in (self._now, self._then):
             if names.get(client) == name:
                 names[client] = written
-        self._cache[written] = self._cache.pop(name)
-        self._sizes[written] = self._sizes.pop(name)
+        if written in self._cache:  # another client's is the same
+            self._held -= self._sizes.pop(name)
+            del self._cache[name]
+        else:
+            self._cache[written] = self._cache.pop(name)
+            self._sizes[written] = self._sizes.pop(name)
         return written
 
     def _forget(self, name: str) -> None:

@@ -1,12 +1,14 @@
 """Law 3: clients trained together equal the same clients one by one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from fedllm import experiment as ex
+from fedllm.ledger import total
 from fedllm.training import cohort
 from fedllm.training.cohort import Fit, alone, stack, stackable, work
 from fedllm.training.learner import Span
@@ -66,10 +68,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     real = cohort._train_pass
 
-    def counted(pack: Any, keep: bool = True) -> list[float]:
-        if keep:
+    def counted(pack: Any, params: Any) -> list[float]:
+        if params[0] is pack[0].learner.params:  # not a pass that only measures
             sizes.append(len(pack))
-        return real(pack, keep)
+        return real(pack, params)
 
     monkeypatch.setattr(cohort, "_train_pass", counted)
     return sizes
@@ -244,3 +246,106 @@ def test_one_pass_takes_no_more_than_fits(
     work(fits(experiment(training={"batch_size": 4}), [3, 3, 3]))
     assert max(passes) == 2
     assert sum(passes) == 9
+
+
+# Faults that a review found ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [6, 1])
+def test_halves_of_the_same_shape_measure_one_of_them(size: int) -> None:
+    """Also where the clients train one by one: the server's halves are stacked all the same."""
+    spec = experiment(
+        strategy={"kind": "activations", "cut": 2, "server": "per-client"},
+        training={"padding": "fixed", "batch_size": 32, "rate": 0.001},
+        simulation={"clients": 6, "sizes": [40, 40, 40, 24, 24, 24], "cohort": size,
+                    "test_examples": 30},
+    )  # fmt: skip
+    built = build(spec)
+    finish(built)
+    for number in range(1, 7):
+        taken = total(built.ledger.rows, "optimizer_steps", step="c5", client=f"client-{number}")
+        assert taken == (2 if number <= 3 else 1)
+
+
+def test_peaks_of_memory_do_not_depend_on_who_trains_beside() -> None:
+    def peaks(size: int) -> dict[tuple[str, str], int]:
+        spec = experiment(
+            strategy={"kind": "activations", "cut": 2, "server": "per-client"},
+            training={"batch_size": 4, "rate": 0.001},
+            simulation={"cohort": size, "clients": 3, "sizes": [8, 8, 4], "test_examples": 30},
+        )  # fmt: skip
+        built = build(spec)
+        built.worker.sites["client-1"].meter.measured.peaks.clear()
+        finish(built)
+        return {(r.client, r.step): r.peak_memory for r in built.ledger.rows if r.peak_memory}
+
+    assert peaks(3) == pytest.approx(peaks(1), rel=1e-4)
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_both_halves_optimizers_go_on(labels: str) -> None:
+    spec = experiment(
+        rounds=3, strategy={"kind": "activations", "cut": 2, "labels": labels},
+        training={"optimizer": "adam", "rate": 0.001, "optimizer_state": "keep", "batch_size": 4},
+    )  # fmt: skip
+    built = build(spec)
+    finish(built)
+    state = built.worker.states.get("client-1")
+    counts = {int(value) for name, value in state.items() if name.endswith("|step")}
+    assert counts == {9}  # three batches in each of three rounds
+
+
+@pytest.mark.parametrize("what", ["test", "train"])
+def test_a_bad_row_changes_nothing_for_the_others(what: str) -> None:
+    """Neither their results nor their costs."""
+
+    def run(bad: bool) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+        spec = experiment(
+            training={"batch_size": 2, "rate": 0.001}, exchange={"minimum_replies": 1},
+            evaluation={"batch_size": 4},
+        )  # fmt: skip
+        built = build(spec)
+        site = built.worker.sites["client-3"]
+        rows = getattr(site, what)
+        if bad:
+            ids = [row.copy() for row in rows.ids]
+            ids[-1][0] = 10**7  # no such token
+            setattr(site, what, replace(rows, ids=tuple(ids)))
+        history = finish(built).history
+        asked = {"test": "eval", "train": "a2"}[what]
+        rows_ = [r for r in built.ledger.rows if r.direction == "compute" and r.step == asked]
+        costs = {r.client: (r.flops, r.examples) for r in rows_ if r.client != "client-3"}
+        return history[-1]["clients"], costs
+
+    well, costs = run(False)
+    broken, same = run(True)
+    assert costs == same
+    if what == "test":
+        assert set(broken) == {"client-1", "client-2"}
+        for client in broken:
+            assert broken[client]["units"] == well[client]["units"]
+            assert broken[client]["loss"] == pytest.approx(well[client]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_lora_on_the_output_layer_trains_together(
+    dropout: float, monkeypatch: pytest.MonkeyPatch, passes: list[int]
+) -> None:
+    monkeypatch.setattr(cohort, "LOGITS", 1 << 12)
+    spec = experiment(
+        GPT2, "generation", tunables={"targets": ["c_attn", "lm_head"], "dropout": dropout},
+        training={"rate": 0.001, "batch_size": 4},
+    )  # fmt: skip
+    together, single = both(fits(spec, [2, 2, 2]))
+    assert passes[:2] == [3, 3]
+    for one, other in zip(together, single, strict=True):
+        assert furthest(one.values, other.values) < 1e-5
+
+
+def test_token_logits_in_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = experiment(GPT2, "generation", training={"rate": 0.01, "batch_size": 4})
+    whole = work(fits(spec, [3, 3, 3]))
+    monkeypatch.setattr(cohort, "LOGITS", 1 << 12)
+    for one, other in zip(work(fits(spec, [3, 3, 3])), whole, strict=True):
+        assert furthest(one.values, other.values) < 1e-5
+        assert one.loss == pytest.approx(other.loss, abs=1e-5)

@@ -176,6 +176,7 @@ class Core(nn.Module):
     def _plain(self, inputs: Inputs) -> Tensor:
         """Any other architecture: its own forward pass, as the library wrote it."""
         ((rows, length),) = inputs.blocks
+        self.slots.sizes = (inputs.cells,)
         x = inputs.x.view(rows, length)
         mask = None
         if inputs.lengths is not None:

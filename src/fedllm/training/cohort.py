@@ -10,11 +10,12 @@ streams and numbers of steps stay each client's own.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -43,6 +44,7 @@ from fedllm.training.meter import (
 )  # fmt: skip
 from fedllm.training.objectives import Objective
 
+LOG = logging.getLogger(__name__)
 CELLS = 4096  # cells of one pass at most; larger ones gain nothing more
 LOGITS = 1 << 22  # token logits that exist at once at most
 Group = dict[str, Tensor]
@@ -134,8 +136,9 @@ class Passed:
     job: Forward
     out: Tensor
     inputs: Tensor  # what the pass started from: a leaf where the input wants a gradient
-    waiting: set[int] = field(default_factory=set)  # slots of the pass without gradient yet
-    slot: int = 0
+    waiting: set[int]  # slots of the pass without gradient yet
+    slot: int
+    slots: int  # of the pass
 
 
 @dataclass(eq=False)
@@ -171,11 +174,25 @@ def work(jobs: Sequence[Job]) -> list[Any]:
         for group in _groups(mine):
             try:
                 found: list[Any] = do(group)
-            except Exception as error:
-                # somebody's fault, but whose? each alone
-                found = [error] if len(group) == 1 else [work([job])[0] for job in group]
+            except Exception as error:  # not of one client's pass, where faults are its own
+                found = [error] * len(group)
             results |= {id(job): result for job, result in zip(group, found, strict=True)}
     return [results[id(job)] for job in jobs]
+
+
+def _apart(
+    pack: list[J], attempt: Callable[[list[J]], None], fault: Callable[[J, Exception], None]
+) -> None:
+    """Try a pass; where it fails, each of its members alone: one client's fault is its own."""
+    try:
+        attempt(pack)
+    except Exception as error:
+        if len(pack) == 1:
+            fault(pack[0], error)
+            return
+        LOG.debug("a pass of %d failed and is tried one by one", len(pack), exc_info=error)
+        for one in pack:
+            _apart([one], attempt, fault)
 
 
 Tasked = Generator[Job, Any, R]
@@ -349,8 +366,14 @@ class _Fitting:
         return (*self.job.plan.purpose, "dropout", self.job.first, self.number)
 
     def fetch(self) -> None:
-        with self.job.meter.step(self.job.step):
-            self.batch = next(self.batches)
+        try:
+            with self.job.meter.step(self.job.step):
+                self.batch = next(self.batches)
+        except Exception as error:
+            self.error = error
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
 
     def note(self, loss: float) -> None:
         """Take down the loss; one that is no number ends this client's training."""
@@ -391,25 +414,38 @@ def _fit(jobs: list[Fit]) -> list[Any]:
     while live := [f for f in fittings if f.left and f.error is None]:
         for fitting in live:
             fitting.fetch()
+        live = [fitting for fitting in live if fitting.error is None]
         for pack in packs(live, lambda f: f.batch.inputs.cells, model, device):
-            members = [fitting.member for fitting in pack]
-
-            def by_itself(member: Member, pack: list[_Fitting] = pack) -> None:
-                one = copy.copy(next(f for f in pack if f.batch is member.batch))
-                one.batch = typical(one.batch)
-                _train_pass([one], keep=False)
-
-            with passing(model.whole, _kind(pack[0]), members, by_itself):
-                losses = _train_pass(pack)
-            with charged(members):
-                for fitting, loss in zip(pack, losses, strict=True):
-                    fitting.note(loss)
-                well = [fitting for fitting in pack if fitting.error is None]
-                if well:
-                    advance([f.learner for f in well], [f.progress for f in well])
-            for fitting in pack:
-                fitting.count()
+            _apart(pack, _train, _Fitting.fail)
     return [fitting.result() for fitting in fittings]
+
+
+def _train(pack: list[_Fitting]) -> None:
+    """One batch of each: a pass, and the optimizers' step."""
+    members = [fitting.member for fitting in pack]
+
+    def by_itself(member: Member) -> Callable[[], Any]:
+        one = copy.copy(next(f for f in pack if f.batch is member.batch))
+        one.batch = typical(one.batch)
+        params = _copies(one.learner.params)
+        return lambda: _train_pass([one], [params])
+
+    probe = None if measures_itself(members) else by_itself
+    try:
+        with passing(pack[0].job.model.whole, _kind(pack[0]), members, probe):
+            losses = _train_pass(pack, [fitting.learner.params for fitting in pack])
+    except Exception:
+        for fitting in pack:
+            fitting.learner.forget()
+        raise
+    with charged(members):
+        for fitting, loss in zip(pack, losses, strict=True):
+            fitting.note(loss)
+        well = [fitting for fitting in pack if fitting.error is None]
+        if well:
+            advance([f.learner for f in well], [f.progress for f in well])
+    for fitting in well:
+        fitting.count()
 
 
 def _kind(fitting: _Fitting) -> str:
@@ -417,22 +453,20 @@ def _kind(fitting: _Fitting) -> str:
     return getattr(objective, "__name__", type(objective).__name__)
 
 
-def _train_pass(pack: Sequence[_Fitting], keep: bool = True) -> list[float]:
-    """Forward and backward of one batch each; the gradients go to the learners. The losses."""
+def _train_pass(
+    pack: Sequence[_Fitting], params: Sequence[Mapping[str, Tensor]]
+) -> list[float]:  # fmt: skip
+    """Forward and backward of one batch each; the gradients go to ``params``. The losses."""
     job = pack[0].job
     core = job.model.whole
-    params: list[dict[str, Tensor]] = [fitting.learner.params for fitting in pack]
-    if not keep:
-        params = [
-            {n: t.detach().clone().requires_grad_(True) for n, t in p.items()} for p in params
-        ]
     inputs = beside([fitting.batch.inputs for fitting in pack])
     purposes = [fitting.purpose for fitting in pack]
     around = _drawing(job.model, job.training, core, stack(core, params), purposes, inputs.x.device)
     with around:
         features = core.features(inputs)
         units = [fitting.batch.units for fitting in pack]
-        if core.decoder_head and len(features) * job.model.outputs > LOGITS:
+        whole = any(name.startswith("model.lm_head.") for name in params[0])  # rows have slots
+        if core.decoder_head and not whole and len(features) * job.model.outputs > LOGITS:
             losses, goal = _in_chunks(core, features, pack, units)
         else:
             losses = _losses(core.scores(features), pack, units)
@@ -502,6 +536,7 @@ class _Inferring:
         )
         self.held = held_bytes(job.model.whole)
         self.batch: Batch | None = None
+        self.error: Exception | None = None
 
     @property
     def member(self) -> Member:
@@ -509,43 +544,69 @@ class _Inferring:
         return Member(self.job.meter, self.cost, self.batch, self.held)
 
     def fetch(self) -> None:
-        with self.job.meter.step(self.job.step):
-            self.batch = next(self.batches, None)
+        try:
+            with self.job.meter.step(self.job.step):
+                self.batch = next(self.batches, None)
+        except Exception as error:
+            self.error = error
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+
+    @property
+    def cells(self) -> int:
+        """What the pass's limit counts: cells, or as many as the logits weigh."""
+        return _weight(self.member.batch, self.job.model)
 
 
 @torch.no_grad()
 def _infer(jobs: list[Infer]) -> list[Any]:
     model = jobs[0].model
-    core = model.whole
-    live = [_Inferring(job) for job in jobs]
+    every = [_Inferring(job) for job in jobs]
+    live = every
     while True:
         for one in live:
             one.fetch()
-        live = [one for one in live if one.batch is not None]
+        live = [one for one in live if one.batch is not None and one.error is None]
         if not live:
-            return [None] * len(jobs)
-        for pack in packs(
-            live, lambda one: one.member.batch.inputs.cells, model, model.model.device
-        ):
-            members = [one.member for one in pack]
+            return [one.error for one in every]
+        for pack in packs(live, lambda one: one.cells, model, model.model.device):
+            _apart(pack, _look, _Inferring.fail)
 
-            def by_itself(member: Member, pack: list[_Inferring] = pack) -> None:
-                one = next(one for one in pack if one.batch is member.batch)
-                core.apply_to(one.job.tunables, typical(member.batch).inputs)
 
-            with passing(core, "forward", members, by_itself):
-                tunables = stack(core, [one.job.tunables for one in pack])
-                inputs = beside([member.batch.inputs for member in members])
-                logits = core.apply_to(tunables, inputs).float()
-                parts = torch.split(logits, [member.batch.units for member in members])
-                for one, part in zip(pack, parts, strict=True):
-                    one.job.take(one.member.batch, part)
-            for one, member in zip(pack, members, strict=True):
-                batch = member.batch
-                one.cost.flops += one.job.meter.flops(model, core, batch, backward=False)
-                one.cost.examples += batch.rows
-                one.cost.tokens += batch.tokens
-                one.job.meter.tick(batch.rows)
+def _look(pack: list[_Inferring]) -> None:
+    """One batch of each: their logits, handed over."""
+    model = pack[0].job.model
+    core = model.whole
+    members = [one.member for one in pack]
+
+    def by_itself(member: Member) -> Callable[[], Any]:
+        one = next(one for one in pack if one.batch is member.batch)
+        return lambda: core.apply_to(one.job.tunables, typical(member.batch).inputs)
+
+    probe = None if measures_itself(members) else by_itself
+    with passing(core, "forward", members, probe):
+        tunables = stack(core, [one.job.tunables for one in pack])
+        inputs = beside([member.batch.inputs for member in members])
+        logits = core.apply_to(tunables, inputs).float()
+    parts = torch.split(logits, [member.batch.units for member in members])
+    with charged(members):
+        for one, part in zip(pack, parts, strict=True):
+            try:
+                one.job.take(one.member.batch, part)
+            except Exception as error:
+                one.error = error
+    for one, member in zip(pack, members, strict=True):
+        batch = member.batch
+        one.cost.flops += one.job.meter.flops(model, core, batch, backward=False)
+        one.cost.examples += batch.rows
+        one.cost.tokens += batch.tokens
+        one.job.meter.tick(batch.rows)
+
+
+def _weight(batch: Batch, model: LanguageModel) -> int:
+    """Cells of a pass, or as many as weigh what its token logits do (8,192 a cell)."""
+    return max(batch.inputs.cells, batch.selected * model.outputs // 8192)
 
 
 # halves of a cut model ------------------------------------------------------------------------
@@ -553,38 +614,52 @@ def _infer(jobs: list[Infer]) -> list[Any]:
 
 def _forward(jobs: list[Forward]) -> list[Any]:
     half = jobs[0].half
-    found: dict[int, Passed] = {}
+    found: dict[int, Passed | Exception] = {}
     device = jobs[0].batch.inputs.x.device
-    for pack in packs(jobs, lambda job: job.batch.inputs.cells, half.model, device):
-        costs = [job.half.meter.cost(job.step) for job in pack]
-        members = [
-            Member(job.half.meter, cost, job.batch, job.half.held)
-            for job, cost in zip(pack, costs, strict=True)
-        ]
 
-        def by_itself(member: Member, pack: list[Forward] = pack) -> Any:
-            (one,) = (job for job in pack if job.batch is member.batch)
-            return _forgotten(one)
+    def attempt(pack: list[Forward]) -> None:
+        found.update(zip(map(id, pack), _start(pack), strict=True))
 
-        with passing(half.core, pack[0].kind, members, by_itself):
-            outs = _half_pass(pack)
-        waiting = set(range(len(pack)))
-        for slot, (job, (x, out)) in enumerate(zip(pack, outs, strict=True)):
-            found[id(job)] = Passed(job, out, x, waiting, slot)
-        for job, cost in zip(pack, costs, strict=True):
-            cost.flops += job.half.meter.flops(half.model, half.core, job.batch, backward=False)
-            cost.examples += job.batch.rows
-            cost.tokens += job.batch.tokens
-            job.half.meter.tick(job.batch.rows)
+    def fault(job: Forward, error: Exception) -> None:
+        found[id(job)] = error
+
+    for pack in packs(jobs, lambda job: _weight(job.batch, half.model), half.model, device):
+        _apart(pack, attempt, fault)
     return [found[id(job)] for job in jobs]
 
 
+def _start(pack: list[Forward]) -> list[Passed]:
+    """A pass forward, whose graph waits for the gradients."""
+    half = pack[0].half
+    costs = [job.half.meter.cost(job.step) for job in pack]
+    members = [
+        Member(job.half.meter, cost, job.batch, job.half.held)
+        for job, cost in zip(pack, costs, strict=True)
+    ]
+
+    def by_itself(member: Member) -> Callable[[], Any]:
+        return _forgotten(next(job for job in pack if job.batch is member.batch))
+
+    probe = None if measures_itself(members) else by_itself
+    with passing(half.core, pack[0].kind, members, probe):
+        outs = _half_pass(pack, [job.half.learner.params for job in pack])
+    for job, cost in zip(pack, costs, strict=True):
+        cost.flops += job.half.meter.flops(half.model, half.core, job.batch, backward=False)
+        cost.examples += job.batch.rows
+        cost.tokens += job.batch.tokens
+        job.half.meter.tick(job.batch.rows)
+    waiting = set(range(len(pack)))
+    return [
+        Passed(job, out, x, waiting, slot, len(pack))
+        for slot, (job, (x, out)) in enumerate(zip(pack, outs, strict=True))
+    ]
+
+
 def _half_pass(
-    pack: Sequence[Forward], params: Sequence[Mapping[str, Tensor]] | None = None
+    pack: Sequence[Forward], params: Sequence[Mapping[str, Tensor]]
 ) -> list[tuple[Tensor, Tensor]]:
     """(input, output) of each client, one graph behind all outputs."""
     half = pack[0].half
-    params = params or [job.half.learner.params for job in pack]
     inputs = beside([job.batch.inputs for job in pack])
     around = _drawing(
         half.model, half.learner.training, half.core, stack(half.core, params),
@@ -601,74 +676,84 @@ def _half_pass(
     return [(job.batch.inputs.x, part) for job, part in zip(pack, parts, strict=True)]
 
 
-def _forgotten(job: Forward) -> Tensor:
-    """The output of a half for one client, whose gradient goes nowhere."""
+def _forgotten(job: Forward) -> Callable[[], Tensor]:
+    """To run a half for one client, so that the output's gradient goes nowhere."""
     params = _copies(job.half.learner.params)
     batch = typical(job.batch)
     inputs = batch.inputs
     if inputs.x.requires_grad:
         inputs = inputs.after(inputs.x.detach().requires_grad_(True))
     copied = replace(job, batch=replace(batch, inputs=inputs))
-    ((_, out),) = _half_pass([copied], [params])
-    return out
+    return lambda: _half_pass([copied], [params])[0][1]
 
 
 def _backward(jobs: list[Backward]) -> list[Any]:
     """Those of one pass go back together; a graph stays until its last client's gradient came."""
     passes: dict[int, list[Backward]] = {}
-    for job in jobs:
-        passes.setdefault(id(job.passed.waiting), []).append(job)
     results: dict[int, Any] = {}
+    for job in jobs:
+        out, gradient = job.passed.out, job.gradient
+        if job.goal is None and gradient is not None and gradient.shape != out.shape:
+            results[id(job)] = FedllmError(
+                f"a gradient of shape {list(gradient.shape)} for an output of {list(out.shape)}"
+            )
+        else:
+            passes.setdefault(id(job.passed.waiting), []).append(job)
     for group in passes.values():
-        first = group[0].passed.job
-        half = first.half
-        members = []
-        for job in group:
-            own = job.passed.job
-            meter = own.half.meter
-            left = meter.measured.peaks.get(
-                Member(meter, Cost(), own.batch, 0).shape(half.core, own.kind), (0, 0)
-            )[1]
-            members.append(Member(meter, meter.cost(job.step), own.batch, own.half.held + left))
-        waiting = group[0].passed.waiting
-        later = waiting - {job.passed.slot for job in group}
-        goals = [job.passed.out if job.goal is None else job.goal for job in group]
-        pairs = [(goal, job.gradient) for goal, job in zip(goals, group, strict=True)
-                 if goal.requires_grad]  # fmt: skip
+        try:
+            found = _back(group)
+        except Exception as error:  # autograd's: nobody of this pass can go on
+            found = [error] * len(group)
+        results |= {id(job): result for job, result in zip(group, found, strict=True)}
+    return [results[id(job)] for job in jobs]
 
-        kind = f"{first.kind} backward"
-        shapes = {} if measures_itself(members) else {m.shape(half.core, kind): m for m in members}
-        known = members[0].meter.measured.peaks
-        copies = {
-            id(job.passed.job.batch): _forgotten(job.passed.job)
-            for job in group
-            if any(m.batch is job.passed.job.batch for s, m in shapes.items() if s not in known)
-        }
 
-        def by_itself(member: Member, copies: dict[int, Tensor] = copies) -> None:
-            out = copies[id(member.batch)]
+def _back(group: list[Backward]) -> list[Any]:
+    """Those of one pass: back, and the optimizers' step."""
+    first = group[0].passed.job
+    half = first.half
+    members = []
+    for job in group:
+        own = job.passed.job
+        meter = own.half.meter
+        before = Member(meter, Cost(), own.batch, 0).shape(half.core, own.kind)
+        left = meter.measured.peaks.get(before, (0, 0))[1]
+        members.append(Member(meter, meter.cost(job.step), own.batch, own.half.held + left))
+    waiting = group[0].passed.waiting
+    later = waiting - {job.passed.slot for job in group}
+    pairs = [
+        (goal, job.gradient)
+        for job in group
+        if (goal := job.passed.out if job.goal is None else job.goal).requires_grad
+    ]
+
+    def by_itself(member: Member) -> Callable[[], None]:
+        out = _forgotten(next(j.passed.job for j in group if j.passed.job.batch is member.batch))()
+
+        def back() -> None:
             if out.requires_grad:
                 out.sum().backward()  # type: ignore[no-untyped-call]
 
-        with passing(half.core, kind, members, by_itself):
-            if pairs:
-                torch.autograd.backward(
-                    [goal for goal, _ in pairs], [gradient for _, gradient in pairs],
-                    retain_graph=bool(later),
-                )  # fmt: skip
-        waiting &= later
-        moving = [(learner, job.progress) for job in group for learner in job.learners]
-        if moving:
-            with charged(members):
-                advance([learner for learner, _ in moving], [at for _, at in moving])
-            for job, member in zip(group, members, strict=True):
-                member.cost.optimizer_steps += bool(job.learners)
-        for job, member in zip(group, members, strict=True):
-            own = job.passed.job
-            x = job.passed.inputs
-            meter = own.half.meter
-            wants = x.requires_grad
-            both = meter.flops(half.model, half.core, own.batch, True, wants)
-            member.cost.flops += both - meter.flops(half.model, half.core, own.batch, False)
-            results[id(job)] = x.grad if wants else None
-    return [results[id(job)] for job in jobs]
+        return back
+
+    probe = None if measures_itself(members) and group[0].passed.slots == 1 else by_itself
+    with passing(half.core, f"{first.kind} backward", members, probe):
+        if pairs:
+            torch.autograd.backward(
+                [goal for goal, _ in pairs], [gradient for _, gradient in pairs],
+                retain_graph=bool(later),
+            )  # fmt: skip
+    waiting &= later
+    moving = [(learner, job.progress) for job in group for learner in job.learners]
+    if moving:
+        with charged(members):
+            advance([learner for learner, _ in moving], [at for _, at in moving])
+    found = []
+    for job, member in zip(group, members, strict=True):
+        own, x = job.passed.job, job.passed.inputs
+        meter, wants = own.half.meter, job.passed.inputs.requires_grad
+        both = meter.flops(half.model, half.core, own.batch, True, wants)
+        member.cost.flops += both - meter.flops(half.model, half.core, own.batch, False)
+        member.cost.optimizer_steps += bool(job.learners)
+        found.append(x.grad if wants else None)
+    return found

@@ -44,6 +44,8 @@ class Learner:
         self.steps: dict[str, int] = {}
         for key, tensor in (state or {}).items():
             name, _, slot = key.rpartition("|")
+            if name not in self.params:
+                continue  # of the other half of a cut model
             if slot == "step":
                 self.steps[name] = int(tensor)
             else:
@@ -68,6 +70,11 @@ class Learner:
     def values(self) -> dict[str, Tensor]:
         """The tunables as they are now, detached."""
         return {name: tensor.detach().clone() for name, tensor in self.params.items()}
+
+    def forget(self) -> None:
+        """Drop gradients that came."""
+        for parameter in self.params.values():
+            parameter.grad = None
 
     def step(self, progress: float) -> None:
         """Clip, set the rate for this point of the experiment, step, forget the gradients."""
@@ -108,8 +115,7 @@ def advance(learners: Sequence[Learner], progress: Sequence[float]) -> None:
     if params:
         (_descend if training.optimizer == "sgd" else _adam)(params, grads, rates, keys, training)
     for learner in learners:
-        for parameter in learner.params.values():
-            parameter.grad = None
+        learner.forget()
 
 
 def _slot(keys: Sequence[tuple[Learner, str]], slot: str, params: Sequence[Tensor]) -> list[Tensor]:

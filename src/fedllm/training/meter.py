@@ -207,15 +207,16 @@ def _charge(members: Sequence[Member], seconds: float) -> None:
 
 @contextmanager
 def passing(
-    core: Core, kind: str, members: Sequence[Member], alone: Callable[[Member], Any]
-) -> Iterator[None]:
+    core: Core, kind: str, members: Sequence[Member],
+    alone: Callable[[Member], Callable[[], Any]] | None,
+) -> Iterator[None]:  # fmt: skip
     """
     Around one pass of these clients side by side: charge its seconds, note peaks of memory.
 
     The peak is what the client would need on a machine of its own. It is measured on the first
-    batch of each shape of each kind of pass: on the pass itself where that is one client's,
-    otherwise by ``alone``, which makes it for one member's ``typical`` batch and forgets it.
-    Neither the measuring (a dispatch mode slows a pass down) nor ``alone`` is charged to anybody.
+    batch of each shape of each kind of pass: on the pass itself, or by ``alone``, which prepares
+    the same for one member's ``typical`` batch; what it returns is run and forgotten. Neither the
+    measuring (a dispatch mode slows a pass down) nor ``alone`` is charged to anybody.
     """
     measured, clock = members[0].meter.measured, members[0].meter.clock
     mode: LiveBytes | nullcontext[None] = nullcontext()
@@ -223,11 +224,12 @@ def passing(
         shape = member.shape(core, kind)
         if shape not in measured.peaks:
             probe = LiveBytes(members[0].batch.inputs.x.device)
-            if measures_itself(members):
+            if alone is None:
                 mode = probe
                 break
+            run = alone(member)
             with probe:
-                kept = alone(member)
+                kept = run()
             measured.peaks[shape] = (probe.peak, probe.live)
             del kept
     start = clock()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import sys
@@ -36,7 +37,7 @@ from fedllm.ledger import Ledger, total
 from fedllm.round import Federation
 from fedllm.strategies import ServerState
 
-SHARED = plain_loop.FILE.parent.parent.parent / "shared"
+SHARED = Path(os.environ.get("FEDLLM_SHARED", plain_loop.FILE.parents[2] / "shared"))
 Side = Callable[[], float]
 
 

@@ -294,6 +294,14 @@ def picture(found: dict[str, float], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def _command() -> str:
+    """How this was called, but for where the result goes."""
+    words = sys.argv[1:]
+    if "--out" in words:
+        del words[words.index("--out") : words.index("--out") + 2]
+    return " ".join(["python benchmarks/speed.py", *words])
+
+
 def main() -> None:
     """Run everything and write it down."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -310,7 +318,7 @@ def main() -> None:
         "# Speed", "",
         f"{platform.machine()}, {torch.get_num_threads()} threads, Python "
         f"{platform.python_version()}, torch {torch.__version__}; "
-        f"`python benchmarks/speed.py {' '.join(sys.argv[1:])}`. Machine's own matrix product: "
+        f"`{_command()}`. Machine's own matrix product: "
         f"{matrix_rate() / 1e9:.0f} GFLOP/s (fp32). Medians of {arguments.times}, sides in turn.",
     ]  # fmt: skip
     if "banking" in wanted:

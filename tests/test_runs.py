@@ -289,14 +289,18 @@ def test_init_guesses_the_columns(
 def test_compare_on_the_command_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("compare", "one.toml", "--out", "out", "--set", 'compare.bounds=["standalone"]')
-    assert call(monkeypatch, *arguments) == 0
+    arguments = ("compare", "one.toml", "--set", 'compare.bounds=["standalone"]')
+    assert call(monkeypatch, *arguments, "--out", "out", "--set", "rounds=2") == 0
     out = capsys.readouterr()
     for word in ("parameters", "logits", "activations (sequential", "standalone", "in clear"):
         assert word in out.out
     page = (folder / "out" / "report.html").read_text()
     assert page.count("<svg") == 2
     assert "http" not in page.replace("http://www.w3.org", "")
+    few = ("--set", 'compare.strategies=["parameters"]', "--out", "few")
+    assert call(monkeypatch, *arguments, *few) == 0
+    page = (folder / "few" / "report.html").read_text()
+    assert page.count("<svg") == 1  # one round makes no curve
 
 
 # Ledger -----------------------------------------------------------------------------------------

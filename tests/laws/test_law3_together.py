@@ -235,7 +235,7 @@ def test_a_task_hears_of_its_jobs_failure() -> None:
 
 def test_stacking_one_is_that_one() -> None:
     site = build(experiment()).worker.sites["client-1"]
-    same = stack(site.model.whole, [site.model.initial])
+    same = stack([site.model.initial])
     assert all(same[name] is tensor for name, tensor in site.model.initial.items())
 
 

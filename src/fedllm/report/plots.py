@@ -34,10 +34,13 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def quality(summary: dict[str, Any]) -> str:
-    """Quality over rounds, one line a run (the mean over seeds)."""
+    """Quality over rounds, one line a run (mean of seeds); empty if only one was evaluated."""
     key, title = PRIMARY[summary["task"]]
+    curves = _curves(summary, key)
+    if all(len(points) < 2 for points in curves.values()):
+        return ""
     figure, axes = _figure(6.4, 3.6)
-    for name, points in _curves(summary, key).items():
+    for name, points in curves.items():
         bound = name not in ("parameters", "logits", "activations")
         axes.plot(
             *zip(*points, strict=True), label=name, color=COLOURS.get(name),

@@ -267,7 +267,7 @@ def _kin(job: Any) -> object:
 # passes ---------------------------------------------------------------------------------------
 
 
-def stack(core: Core, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def stack(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """
     The tunables of many clients as one, differentiable; of one as they are.
 
@@ -461,7 +461,7 @@ def _train_pass(
     core = job.model.whole
     inputs = beside([fitting.batch.inputs for fitting in pack])
     purposes = [fitting.purpose for fitting in pack]
-    around = _drawing(job.model, job.training, core, stack(core, params), purposes, inputs.x.device)
+    around = _drawing(job.model, job.training, core, stack(params), purposes, inputs.x.device)
     with around:
         features = core.features(inputs)
         units = [fitting.batch.units for fitting in pack]
@@ -586,7 +586,7 @@ def _look(pack: list[_Inferring]) -> None:
 
     probe = None if measures_itself(members) else by_itself
     with passing(core, "forward", members, probe):
-        tunables = stack(core, [one.job.tunables for one in pack])
+        tunables = stack([one.job.tunables for one in pack])
         inputs = beside([member.batch.inputs for member in members])
         logits = core.apply_to(tunables, inputs).float()
     parts = torch.split(logits, [member.batch.units for member in members])
@@ -662,7 +662,7 @@ def _half_pass(
     half = pack[0].half
     inputs = beside([job.batch.inputs for job in pack])
     around = _drawing(
-        half.model, half.learner.training, half.core, stack(half.core, params),
+        half.model, half.learner.training, half.core, stack(params),
         [job.purpose for job in pack], inputs.x.device,
     )  # fmt: skip
     with around:

@@ -64,6 +64,12 @@ MEANING = {
     "model.weights": "`random` takes the architecture only and starts from the run seed",
     "model.tokenizer": "another tokenizer than the model's own, named like a model",
     "model.threads": "torch threads; 0 leaves torch's choice",
+    "model.cache": "hidden states of the blocks below the first tunable one are computed once for "
+                   "each row and kept, where they fit into a quarter of the memory (not under "
+                   "`training.base_dropout`); the results are the same",
+    "model.device": "where passes are computed: `auto`, `cpu`, `cuda` or `cuda:1`",
+    "model.precision": "of the passes; the rest is float32",
+    "model.quantization": "of the frozen base; `nf4` needs the extra `fedllm[qlora]`",
     "task.kind": "what is learnt",
     "task.chat_template": "the prompt is one user turn of the tokenizer's chat template",
     "task.response_only": "false: tokens of the prompt are predicted, too (prompt and response)",
@@ -85,9 +91,12 @@ MEANING = {
     "lora.dropout": "dropout before the update's first matrix",
     "lora.targets": "names of the layers; empty: `c_attn` (GPT-2), `q_proj`, `v_proj` (Llama "
                     "types), `query`, `value` (BERT), PEFT's choice elsewhere",
+    "lora.layers": "numbers of the blocks, from 0, or from -1 at the end; empty: all. Blocks below "
+                   "the first one are never trained (see `model.cache`)",
     "lora.init": "start of the first matrix (the second is zero)",
     "adapter.width": "width of the bottleneck",
     "adapter.after": "which halves of a block get one",
+    "adapter.layers": "as for LoRA",
     "prompt.tokens": "number of learnt vectors; they count against the model's longest input",
     "prefix.tokens": "number of learnt keys and values; they count against the model's longest "
                      "input",

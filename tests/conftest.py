@@ -18,7 +18,11 @@ def _same_start() -> Iterator[None]:
     yield
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        marked = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if item not in marked]
     if not SHARED.is_dir():
         absent = pytest.mark.skip(reason="the folder of real models and data is absent")
         for item in items:
@@ -27,6 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("accelerator: none, tests marked gpu are left out")
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if "shared" in r.keywords]
     if SHARED.is_dir():
         terminalreporter.write_line(f"real models and data: {SHARED.name}, {len(skipped)} skipped")

@@ -85,6 +85,25 @@ def test_the_start_is_the_base_exactly(name: str, spec: Any) -> None:
 
 
 @pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("kind", [ex.Lora, ex.Adapter])
+def test_tunables_of_some_layers_lie_there_and_nowhere_else(name: str, kind: Any) -> None:
+    found = loaded(name, kind(layers=(-1, 1)))
+    every = loaded(name, kind())
+    wanted = {1, found.blocks - 1}
+    block = {n: {int(part) for part in n.split(".") if part.isdigit()} for n in every.initial}
+    inside = {n for n in every.initial if n in found.head or wanted & block[n]}
+    assert set(found.initial) == inside
+    assert found.untouched == 1
+    assert every.untouched == 0
+
+
+@pytest.mark.parametrize("layers", [(4,), (-5,), (0, 7)])
+def test_a_layer_that_the_model_does_not_have_is_refused(layers: tuple[int, ...]) -> None:
+    with pytest.raises(FedllmError, match="the model has 4 blocks; expected 0 to 3"):
+        loaded(GPT2, ex.Lora(layers=layers))
+
+
+@pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("spec", KINDS, ids=lambda spec: spec.kind)
 def test_padding_and_gradients_of_every_tunable(name: str, spec: Any) -> None:
     if not fits(name, spec):

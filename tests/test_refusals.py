@@ -68,6 +68,13 @@ CASES = {
         ["strategy.kind=activations", "strategy.cut=4"], ["strategy.cut = 4", "1 to 3"]),
     "targets that match nothing": (
         ['tunables.targets=["c_atn"]'], ["c_atn", "did you mean 'c_attn'"]),
+    "a device that is not there": (
+        ["model.device=cuda:99"], ["model.device = 'cuda:99'", "expected 'auto', 'cpu'"]),
+    "no device at all": (["model.device=gpu"], ["model.device", "gpu"]),
+    "adapters on a base in 4 bits": (
+        ["model.quantization=nf4", "tunables.kind=adapter"], ["model.quantization", "'lora'"]),
+    "a layer that is not there": (
+        ["tunables.layers=[4]"], ["tunables.layers = [4]", "expected 0 to 3"]),
     "prefix under activations": (
         ["strategy.kind=activations", "tunables.kind=prefix"], ["prefix", "'lora'"]),
     "full, tied, under activations": (

@@ -8,6 +8,7 @@ clients' end of the same wire.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -74,17 +75,18 @@ class Exchange:
         self, transport: Transport, ledger: Ledger, run: str, base: str,
         codecs: Mapping[str, str] | None = None, minimum: int | None = None,
         listen: Listen | None = None, measured: Measured | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         """
         minimum: replies without which a step fails (None: all).  listen: (step, client, rows)
-        for a progress line.
+        for a progress line.  clock: seconds of the server's own work.
         """
         self.transport, self.ledger, self.run, self.base = transport, ledger, run, base
         self.codecs = dict(codecs or {})
         self.minimum = minimum
         self.listen = listen or (lambda step, client, rows: None)
         self.round, self.attempt = 0, 0
-        self.meter = Meter(measured, lambda rows: self.listen("", "server", rows))
+        self.meter = Meter(measured, lambda rows: self.listen("", "server", rows), clock)
         self._count = 0
 
     def open(self, round: int) -> None:

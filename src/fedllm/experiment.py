@@ -27,13 +27,23 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """Which base model. ``name`` is ``builtin``, a folder, or a name on the hub."""
+    """
+    Which base model, and how it computes. ``name`` is ``builtin``, a folder, or a name on the hub.
+
+    ``device = "auto"`` is a CUDA device where there is one. ``precision = "bf16"`` computes passes
+    under torch's autocast; tunables, optimizers and all that travels stay float32.
+    ``quantization = "nf4"`` holds the base in 4 bits (QLoRA, arXiv 2305.14314), with LoRA only.
+    """
 
     name: str = "builtin"
     revision: str | None = None
     weights: Literal["pretrained", "random"] = "pretrained"
     tokenizer: str | None = None
     threads: Count = 0
+    cache: bool = True
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    quantization: Literal["none", "nf4"] = "none"
 
 
 class Task(Section):
@@ -92,6 +102,7 @@ class Lora(Section):
     alpha: Rate = 16.0
     dropout: Fraction = 0.0
     targets: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
     init: Literal["gaussian", "kaiming"] = "gaussian"
     head: Head = "shared"
 
@@ -105,6 +116,7 @@ class Adapter(Section):
         "attention",
         "ffn",
     )
+    layers: tuple[int, ...] = ()
     head: Head = "shared"
 
 
@@ -343,6 +355,14 @@ class Experiment(Section):
                 "data.prompt: classification reads data.text and data.label; "
                 "set task.kind = 'generation' or leave prompt and response out"
             )
+        if self.model.quantization != "none":
+            if self.tunables.kind != "lora":
+                raise ValueError(
+                    f"model.quantization: a base in 4 bits trains with tunables.kind = 'lora' only "
+                    f"(here {self.tunables.kind!r})"
+                )
+            if self.model.weights == "random":
+                raise ValueError("model.quantization: there are no weights to quantize ('random')")
         if self.training.momentum and self.training.optimizer != "sgd":
             raise ValueError("training.momentum: only with optimizer = 'sgd'")
         if sizes and self.simulation.partition.kind != "iid":

@@ -29,8 +29,9 @@ from fedllm.round import Federation
 from fedllm.states import States
 from fedllm.strategies import ServerState, Setup, Site, build
 from fedllm.summary import summarize, variant
-from fedllm.training.cohort import cohort_size, stackable
-from fedllm.training.meter import Measured, Meter
+from fedllm.training.cohort import cohort_size, memory, stackable
+from fedllm.training.known import remember
+from fedllm.training.meter import Measured, Meter, clock_of
 from fedllm.transport.local import Local
 from fedllm.worker import Worker
 
@@ -199,8 +200,14 @@ def assemble(
         seed, experiment.rounds, experiment.training, experiment.evaluation, experiment.public,
         prepared.longest,
     )  # fmt: skip
-    strategy = build(strategy_spec, setup, model, prepared.public)
     others = _client_models(experiment, seed, base_model, model, prepared)
+    if experiment.model.cache and not experiment.training.base_dropout:
+        for one, its in [(model, prepared), *others]:
+            sets = [rows for own in its.clients.values() for rows in (own.train, own.test)]
+            remark = remember(one, [*sets, its.public], memory(one.model.device) // 4)
+            if remark:
+                listener.note(remark)
+    strategy = build(strategy_spec, setup, model, prepared.public)
     exchange_spec = experiment.exchange
     sites = {}
     states = States()
@@ -209,7 +216,7 @@ def assemble(
         def tick(rows: int, client: str = name) -> None:
             listener.step("", client, rows)
 
-        meter = Meter(prepared.measured, tick)
+        meter = Meter(prepared.measured, tick, clock_of(model.device))
         site = Site(
             name, model, data.train, data.test, setup, meter, prepared.public, states=states
         )
@@ -233,7 +240,7 @@ def assemble(
     transport = Local(list(sites), endpoint, size)
     exchange = Exchange(
         transport, ledger, run, model.base_hash, exchange_spec.codecs,  # type: ignore[arg-type]
-        exchange_spec.minimum_replies, listener.step, prepared.measured,
+        exchange_spec.minimum_replies, listener.step, prepared.measured, clock_of(model.device),
     )  # fmt: skip
     return Federation(experiment, seed, strategy, exchange, worker, ledger, prepared.labels)
 

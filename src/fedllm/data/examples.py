@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,8 @@ class Examples:
     start: index of the first token that is predicted (generation).  utf8: bytes of the text
     that the predicted tokens stand for (generation).  prompts, responses: text, kept for Rouge-L.
     unknown: tokens that are ``<unk>``.  hash: of the text, to see that two sites hold the same
-    public set whatever their tokenizers.
+    public set whatever their tokenizers.  origin: the set that these rows were taken from, and
+    which of its rows they are.
     """
 
     ids: tuple[Ints, ...]
@@ -40,6 +41,7 @@ class Examples:
     unknown: int = 0
     hash: str = ""
     prompt_lengths: tuple[int, ...] = ()
+    origin: tuple[Examples, Ints] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,9 +61,18 @@ class Examples:
         """Tokens in all."""
         return int(self.lengths.sum())
 
+    @cached_property
+    def content(self) -> str:
+        """SHA-256 of the tokens."""
+        digest = hashlib.sha256(self.lengths.tobytes())
+        for row in self.ids:
+            digest.update(row.tobytes())
+        return digest.hexdigest()
+
     def take(self, rows: Sequence[int] | Ints) -> Examples:
         """These rows, in this order."""
         index = np.asarray(rows, dtype=np.int64)
+        whole, before = self.origin or (self, None)
         return Examples(
             ids=tuple(self.ids[i] for i in index),
             labels=self.labels[index] if len(self.labels) else self.labels,
@@ -72,6 +83,7 @@ class Examples:
             prompt_lengths=(
                 tuple(self.prompt_lengths[i] for i in index) if self.prompt_lengths else ()
             ),
+            origin=(whole, index if before is None else before[index]),
         )
 
     def without_labels(self) -> Examples:

@@ -86,24 +86,35 @@ class Core(nn.Module):
         decoder_head: bool,
         part: Part = "whole",
         cut: int = 0,
+        begin: int = 0,
         prompt: Any = None,
         prefix: Any = None,
         name: str = "",
         slots: Slots | None = None,
+        half: bool = False,
     ) -> None:
-        """``decoder_head``: logits of tokens; otherwise logits of classes.  name: of the model."""
+        """
+        ``decoder_head``: logits of tokens; otherwise logits of classes.  name: of the model.
+
+        begin: blocks below it (and the embeddings) ran before; ``whole`` and ``client`` then take
+        hidden states, too.  half: compute in bfloat16 where torch's autocast thinks that safe.
+        """
         super().__init__()
-        self.key = (name, part, cut)
+        self.key: tuple[str, Part, int, int] = (name, part, cut, begin)
         self.model: Any
         self.prompt: Any
         self.prefix: Any
         self.family, self.decoder_head, self.part = family, decoder_head, part
-        self.model = model if family is None else graft(model, _changes(model, family, part, cut))
-        starts = part in ("whole", "client")
-        self.prompt = prompt if starts else None
+        self.starts = part in ("whole", "client") and not begin  # takes tokens
+        self.device: torch.device = model.device  # a part may have no parameter to ask
+        if family is not None:
+            model = graft(model, _changes(model, family, part, cut, begin))
+        self.model = model
+        self.prompt = prompt if self.starts else None
         self.prefix = prefix
         self.prompt_tokens = 0 if prompt is None else prompt.embedding.num_embeddings
         self.slots = slots or Slots()
+        self.autocast = half
         self._places: dict[str, list[tuple[dict[str, Any], str]]] | None = None
 
     def forward(self, inputs: Inputs) -> Tensor:
@@ -115,7 +126,7 @@ class Core(nn.Module):
         ``inputs.select`` is None).
         """
         found = self.features(inputs)
-        return found if self.part in ("client", "body") else self.scores(found)
+        return found.float() if self.part in ("client", "body") else self.scores(found)
 
     def features(self, inputs: Inputs) -> Tensor:
         """Hidden states, or of them only those that ``scores`` turns into logits."""
@@ -162,16 +173,16 @@ class Core(nn.Module):
         return (index if select is None else index[select]), sizes
 
     def scores(self, features: Tensor) -> Tensor:
-        """Features [units, width] -> logits [units, outputs]."""
+        """Features [units, width] -> logits [units, outputs], float32."""
         if self.family is None:
-            return features
+            return features.float()
         if self.decoder_head:
             logits: Tensor = self.model.lm_head(features)
-            return logits
+            return logits.float()
         if not self.family.decoder:
             features = self.model.dropout(self.model.bert.pooler.pool(features))
         scores: Tensor = self.model.get_submodule(self.family.head)(features)
-        return scores
+        return scores.float()
 
     def _plain(self, inputs: Inputs) -> Tensor:
         """Any other architecture: its own forward pass, as the library wrote it."""
@@ -249,7 +260,7 @@ class Core(nn.Module):
         self, tunables: Mapping[str, Tensor], draws: Sequence[torch.Generator] = ()
     ) -> Iterator[Core]:
         """
-        Inside, these tunables stand in place of the model's own.
+        Inside, these tunables stand in place of the model's own, moved to its device.
 
         draws: a stream for each client's dropout; none: no dropout. Raises KeyError for a name
         that this part does not have.
@@ -262,8 +273,9 @@ class Core(nn.Module):
             for name, tensor in tunables.items():
                 for owner, leaf in self._places[name]:
                     before.append((owner, leaf, owner[leaf]))
-                    owner[leaf] = tensor
-            yield self
+                    owner[leaf] = tensor.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, self.autocast):
+                yield self
         finally:
             self.slots.draws = ()
             for owner, leaf, tensor in reversed(before):
@@ -354,7 +366,9 @@ class Narrow(nn.Module):
         layout.narrowed = rest + block.mlp(after(rest))
 
 
-def _changes(model: Any, family: Family, part: Part, cut: int) -> dict[str, nn.Module | None]:
+def _changes(
+    model: Any, family: Family, part: Part, cut: int, begin: int
+) -> dict[str, nn.Module | None]:
     """What a part replaces, by full path."""
     spine = family.backbone
     changes: dict[str, nn.Module | None] = {}
@@ -363,8 +377,8 @@ def _changes(model: Any, family: Family, part: Part, cut: int) -> dict[str, nn.M
         pooler = model.get_submodule(spine).pooler
         changes[f"{spine}.pooler"] = None if part in ("client", "body") else Shy(pooler)
     blocks = len(model.get_submodule(f"{spine}.{family.blocks}"))
-    keep = {"client": range(cut), "server": range(cut, blocks), "body": range(cut, blocks),
-            "tail": range(0), "whole": range(blocks)}[part]  # fmt: skip
+    keep = {"client": range(begin, cut), "server": range(cut, blocks), "body": range(cut, blocks),
+            "tail": range(0), "whole": range(begin, blocks)}[part]  # fmt: skip
     for index in range(blocks):
         if index not in keep:
             changes[f"{spine}.{family.blocks}.{index}"] = Pass()
@@ -378,7 +392,7 @@ def _changes(model: Any, family: Family, part: Part, cut: int) -> dict[str, nn.M
         for head in (family.head, "lm_head"):
             if head in model._modules:
                 changes[head] = Pass()
-    if part not in ("whole", "client"):
+    if part not in ("whole", "client") or begin:
         if spine == "bert":
             changes[f"{spine}.embeddings"] = GivenEmbeddings()
         elif spine == "transformer":

@@ -101,6 +101,10 @@ def merge(
     ``model`` is used up. Raises FedllmError for tunables that are no change of its own weights.
     """
     spec = model.spec
+    if experiment.model.quantization != "none":
+        raise FedllmError(
+            "model.quantization: a base in 4 bits cannot take up the update; export without --merge"
+        )
     if isinstance(spec, ex.Adapter | ex.Prompt | ex.Prefix):
         raise FedllmError(
             f"tunables.kind = {spec.kind!r} adds layers or tokens and cannot be merged into the "

@@ -39,7 +39,7 @@ def count(
         meta = torch.empty_like(tensor, device="meta")
         tensors[name] = meta.requires_grad_(backward and name in trained)
     cells = rows * length
-    if core.part in ("whole", "client"):
+    if core.starts:
         x = torch.zeros(cells, dtype=torch.long, device="meta")
     else:
         width = core.model.config.hidden_size

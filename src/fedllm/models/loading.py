@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +19,7 @@ from fedllm.errors import FedllmError
 from fedllm.models.attention import NAME as BLOCKS
 from fedllm.models.core import Core, Part
 from fedllm.models.families import FAMILIES, Family
+from fedllm.models.frozen import Frozen
 from fedllm.models.slots import Slots, give_slots
 from fedllm.models.tunables import head_names, install
 from fedllm.streams import torch_stream
@@ -39,6 +43,24 @@ def hub_error(what: str, key: str, name: str, error: Exception) -> FedllmError:
         f"(`hf download {name}`) and write the folder's path; a private one needs HF_TOKEN; "
         f"'builtin' needs no download"
     )
+
+
+def place(name: str) -> torch.device:
+    """
+    The device that ``model.device`` names.
+
+    Raises FedllmError where there is none such.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda", 0) if count else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise FedllmError(
+            f"model.device = {name!r}: torch {torch.__version__} finds {count} CUDA devices here; "
+            "expected 'auto', 'cpu'" + "".join(f", 'cuda:{i}'" for i in range(count))
+        )
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def load_config(model: ex.Model, name: str | None = None) -> Any:
@@ -67,6 +89,17 @@ def load_tokenizer(model: ex.Model, name: str | None = None) -> Any:
     return tokenizer
 
 
+def calm(model: torch.nn.Module) -> None:
+    """
+    Put a model into evaluation, but for layers in 4 bits, which have nothing to switch off.
+
+    On a CPU bitsandbytes packs such a layer anew when it first runs in evaluation; it can then
+    train no more, and its hash is another.
+    """
+    for module in model.modules():
+        module.training = type(module).__name__ == "Linear4bit"
+
+
 @dataclass(eq=False)
 class LanguageModel:
     """
@@ -75,6 +108,9 @@ class LanguageModel:
     ``initial`` holds the tunables' first values, ``head`` the names of those of the task head.
     All names are those inside ``Core``, equal in the whole and in its parts.  slots: whose rows
     lie where during a pass.  stackable: whether many clients' tunables can train in one pass.
+    frozen: what is remembered of the blocks below the first tunable one.  half: computes in
+    bfloat16 under autocast.  twin: of a quantized base, the same architecture without values, to
+    count what it costs.
     """
 
     name: str
@@ -87,7 +123,16 @@ class LanguageModel:
     spec: ex.Tunables
     slots: Slots = field(default_factory=Slots)
     stackable: bool = False
-    _parts: dict[tuple[Part, int], Core] = field(default_factory=dict)
+    frozen: Frozen = field(default_factory=Frozen)
+    half: bool = False
+    twin: LanguageModel | None = None
+    _parts: dict[tuple[Part, int, int], Core] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lies, and tunables in training; elsewhere they are on the CPU."""
+        device: torch.device = self.model.device
+        return device
 
     @property
     def blocks(self) -> int:
@@ -110,18 +155,32 @@ class LanguageModel:
         """The whole model."""
         return self.part("whole", 0)
 
-    def part(self, part: Part, cut: int) -> Core:
-        """The whole or one side of a cut; cached, sharing all modules."""
+    def part(self, part: Part, cut: int, begin: int = 0) -> Core:
+        """The whole or one side of a cut, from block ``begin`` on; cached, sharing all modules."""
         if part == "whole":
             cut = 0
-        if (part, cut) not in self._parts:
+        if (part, cut, begin) not in self._parts:
             core = Core(
-                self.model, self.family, not self.classification, part, cut, **self.virtual,
-                name=self.name, slots=self.slots,
+                self.model, self.family, not self.classification, part, cut, begin,
+                **self.virtual, name=self.name, slots=self.slots, half=self.half,
             )  # fmt: skip
-            core.eval()
-            self._parts[part, cut] = core
-        return self._parts[part, cut]
+            calm(core)
+            self._parts[part, cut, begin] = core
+        return self._parts[part, cut, begin]
+
+    def countable(self, core: Core) -> Core:
+        """The same part with layers whose operations torch can count without values."""
+        _, part, cut, begin = core.key
+        return core if self.twin is None else self.twin.part(part, cut, begin)
+
+    @cached_property
+    def untouched(self) -> int:
+        """How many blocks, from the first on and with the embeddings, hold nothing tunable."""
+        if self.family is None:
+            return 0
+        cuts = range(1, self.blocks)
+        below = (cut for cut in cuts if self.tunables_of(self.part("client", cut)))
+        return next(below, self.blocks) - 1
 
     def tunables_of(self, core: Core) -> list[str]:
         """Names of the tunables that lie in this part, sorted."""
@@ -145,8 +204,10 @@ class LanguageModel:
         for name in sorted(tensors):
             if name not in self.initial:
                 digest.update(name.encode())
-                data = tensors[name].detach().cpu().contiguous()
-                digest.update(data.view(torch.uint8).numpy().tobytes() if data.ndim else b"")
+                state = getattr(tensors[name], "quant_state", None)  # of a base in 4 bits
+                for tensor in (tensors[name], *([] if state is None else [state.absmax])):
+                    data = tensor.detach().cpu().contiguous()
+                    digest.update(data.view(torch.uint8).numpy().tobytes() if data.ndim else b"")
         return digest.hexdigest()[:16]
 
     @cached_property
@@ -169,18 +230,20 @@ def _causal(model: Any) -> bool:
 
 def load(
     spec: ex.Model, task: ex.Task, tunables: ex.Tunables, labels: int, seed: int,
-    name: str | None = None,
+    name: str | None = None, meta: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """
     Load a base and give it tunables; every random start draws from the run seed.
 
-    Raises FedllmError when there is no such model, or the tunables do not fit it.
+    meta: shapes only, on torch's meta device, from the configuration alone. Raises FedllmError when
+    there is no such model, or the tunables do not fit it.
     """
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     transformers.logging.set_verbosity_error()  # its loading report is not for this user
     transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses kernels nobody asked for
     name = name or spec.name
     classification = task.kind == "classification"
     config = load_config(spec, name)
@@ -191,14 +254,18 @@ def load(
             "choose a causal language model such as 'openai-community/gpt2'"
         )
     kind = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
+    device = torch.device("meta") if meta else place(spec.device)
     options: dict[str, Any] = {"dtype": torch.float32}
+    quantized = spec.quantization != "none" and not meta
+    if quantized:
+        options |= _in_four_bits(spec, device, family)
     if classification:
         config.num_labels = labels
         options["ignore_mismatched_sizes"] = True  # another task's head is replaced by a new one
         config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
-    with torch_stream(seed, "initial weights"):
+    with torch_stream(seed, "initial weights"), device if meta else nullcontext():
         try:
-            if spec.weights == "random":
+            if spec.weights == "random" or meta:
                 model = kind.from_config(config, dtype=torch.float32)
             else:
                 model = kind.from_pretrained(
@@ -214,11 +281,15 @@ def load(
         names |= head
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if family is None and not classification and not _causal(model):
+    if family is None and not classification and not meta and not _causal(model):
         raise FedllmError(
             f"task.kind = 'generation': {name!r} ({config.model_type}) sees the tokens that it is "
             "to predict; choose a causal language model such as 'openai-community/gpt2'"
         )
+    if not quantized:  # which is there already
+        model.to(device)
+    for module in virtual.values():
+        module.to(device)
     slots = Slots()
     stackable = give_slots(model, names, slots) and family is not None
     if family is not None:
@@ -226,11 +297,37 @@ def load(
     found = LanguageModel(
         name, model, family, classification, dict(virtual),
         frozenset(f"model.{n}" for n in head), {}, tunables, slots, stackable,
+        half=spec.precision == "bf16",
     )  # fmt: skip
     initial = {}
     for key, parameter in found.whole.named_parameters():
         if key.removeprefix("model.") in names or key.partition(".")[0] in ("prompt", "prefix"):
-            initial[key] = parameter.detach().clone()
+            where = device if meta else "cpu"
+            initial[key] = parameter.detach().to(where, torch.float32, copy=True)
             parameter.requires_grad_(False)
     found.initial = dict(sorted(initial.items()))
+    if quantized:
+        found.twin = load(spec, task, tunables, labels, seed, name, meta=True)
     return found
+
+
+def _in_four_bits(spec: ex.Model, device: torch.device, family: Family | None) -> dict[str, Any]:
+    """
+    What ``from_pretrained`` needs for a base in 4 bits; heads stay whole.
+
+    Raises FedllmError where the library for it is missing.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise FedllmError(
+            f"model.quantization = {spec.quantization!r}: needs bitsandbytes; "
+            "pip install 'fedllm[qlora]'"
+        )
+    whole = ["lm_head", "score", "classifier", *([family.head] if family else [])]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=spec.quantization, bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if spec.precision == "bf16" else torch.float32,
+        llm_int8_skip_modules=whole,
+    )  # fmt: skip
+    return {"quantization_config": config, "device_map": {"": device}}

@@ -173,10 +173,14 @@ def give_slots(model: nn.Module, names: Mapping[str, Tensor] | set[str], slots: 
     Returns False, and changes nothing but LoRA layers, where one of them cannot.
     """
     from peft.tuners.lora.layer import Linear as PeftLinear
+    from peft.tuners.lora.layer import LoraLayer
     from transformers.pytorch_utils import Conv1D
 
     for name, module in list(model.named_modules()):
-        if type(module) is PeftLinear:
+        # around a base in 4 bits PEFT has a class of its own, with the same parts
+        if type(module) is PeftLinear or (
+            isinstance(module, LoraLayer) and type(module).__name__ == "Linear4bit"
+        ):
             model.set_submodule(name, LoraLinear(module, slots))
     kinds = {nn.Linear: SlotLinear, nn.LayerNorm: SlotNorm, Conv1D: _slot_conv1d()}
     holders: dict[str, set[str]] = {}

@@ -84,6 +84,22 @@ def _need(family: Family | None, kind: str, what: str) -> Family:
     return family
 
 
+def blocks_of(spec: ex.Lora | ex.Adapter, model: Any) -> tuple[int, ...]:
+    """
+    Numbers of the blocks that get these tunables, ascending; none named means all.
+
+    Raises FedllmError for a block that the model does not have.
+    """
+    count = int(model.config.num_hidden_layers)
+    wrong = [number for number in spec.layers if not -count <= number < count]
+    if wrong:
+        raise FedllmError(
+            f"tunables.layers = {list(spec.layers)}: the model has {count} blocks; expected 0 to "
+            f"{count - 1}, or -{count} to -1 from the end (not {wrong[0]})"
+        )
+    return tuple(sorted({number % count for number in spec.layers})) or tuple(range(count))
+
+
 def lora_config(spec: ex.Lora, model: Any, classification: bool) -> Any:
     """PEFT's own configuration of these tunables (also written at export)."""
     from peft import LoraConfig
@@ -91,6 +107,7 @@ def lora_config(spec: ex.Lora, model: Any, classification: bool) -> Any:
     family = FAMILIES.get(model.config.model_type)
     targets = list(spec.targets) or (list(family.lora) if family else None)
     return LoraConfig(
+        layers_to_transform=list(blocks_of(spec, model)) if spec.layers else None,
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
@@ -128,7 +145,7 @@ def _lora(model: Any, spec: ex.Lora, family: Family | None) -> None:
 
 def _adapters(model: Any, spec: ex.Adapter, family: Family) -> None:
     blocks = model.get_submodule(f"{family.backbone}.{family.blocks}")
-    for block in blocks:
+    for block in (blocks[number] for number in blocks_of(spec, model)):
         for place in dict.fromkeys(spec.after):
             path = family.projections[place]
             width = model.config.hidden_size

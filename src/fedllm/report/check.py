@@ -16,7 +16,7 @@ from fedllm.report.tables import amount, size
 from fedllm.round import Federation
 from fedllm.summary import variant
 from fedllm.training.cohort import Tasked
-from fedllm.training.meter import Meter
+from fedllm.training.meter import Meter, clock_of
 
 
 def _size(examples: Examples) -> ClientSize:
@@ -32,21 +32,26 @@ def _speed(federation_: Federation) -> tuple[float, int, float]:
     site = next(iter(federation_.worker.sites.values()))
     plan = site.plan(site.train, "check")
     number = min(4, plan.per_pass)
-    meter = Meter()
-    rates = []
+    meter = Meter(clock=clock_of(site.model.device))
+    cost = meter.cost("check")
+    seconds, flops, tokens = [], [], []
 
     def steps() -> Tasked[None]:
         for batch in [*range(number)] * 2:  # every shape once to count, once to time
-            start, before = time.perf_counter(), meter.cost("check").flops
+            start, done, seen = time.perf_counter(), cost.flops, cost.tokens
             yield Fit(
                 site.model, site.model.initial, plan, cross_entropy, site.setup.training, batch,
                 batch + 1, Span(0, 1), meter, "check",
             )  # fmt: skip
-            rates.append((meter.cost("check").flops - before) / (time.perf_counter() - start))
+            seconds.append(time.perf_counter() - start)
+            flops.append(cost.flops - done)
+            tokens.append(cost.tokens - seen)
 
     alone(steps())
-    cost = meter.cost("check")
-    return float(np.median(rates[number:])), cost.peak_memory, cost.flops / cost.tokens
+    # the first ones also ran what is computed once for each row
+    rates = [f / s for f, s in zip(flops[number:], seconds[number:], strict=True)]
+    per_token = sum(flops[number:]) / sum(tokens[number:])
+    return float(np.median(rates)), cost.peak_memory, per_token
 
 
 def look(experiment: ex.Experiment) -> dict[str, Any]:

@@ -26,12 +26,15 @@ from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
 from fedllm.exchange import Exchange
 from fedllm.message import Failure, Message, Role, of_role
+from fedllm.models.frozen import Known
 from fedllm.models.inputs import Inputs, beside
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks
 from fedllm.training.batches import Batch
 from fedllm.training.cohort import Backward, Forward, Half, Passed, Tasked, work
+from fedllm.training.known import known
 from fedllm.training.learner import Learner, Span
+from fedllm.training.meter import held_bytes
 from fedllm.training.objectives import cross_entropy
 
 H, LENGTHS, LABELS, GRAD = "hidden", "lengths", "labels", "gradient"
@@ -151,7 +154,8 @@ class Activations:
         self.cut = check_cut(options, model)
         self.rule = RULES["mean"]
         self.home = options.labels == "client"
-        self.client = model.part("client", self.cut)
+        self.begin = min(model.frozen.begin, self.cut)
+        self.client = model.part("client", self.cut, self.begin)
         self.server = model.part("body" if self.home else "server", self.cut)
         self.tail = model.part("tail", self.cut) if self.home else None
         self.server_names = set(model.tunables_of(self.server))
@@ -208,7 +212,7 @@ class Activations:
 
         def half(optimizer: Group) -> Half:
             values = {name: state.shared[name] for name in sorted(self.server_names)}
-            learner = Learner(values, self.setup.training, optimizer)
+            learner = Learner(values, self.setup.training, optimizer, device=self.model.device)
             return Half(self.model, self.server, learner, ask.meter)
 
         if self.options.server != "per-client":
@@ -305,14 +309,15 @@ class Activations:
         self, replies: Mapping[str, Message]
     ) -> tuple[Batch, dict[str, Inputs]]:  # fmt: skip
         """The activations as the server half takes them, and each client's rows alone."""
-        device, extra = self.model.model.device, self.server.prompt_tokens
+        device, extra = self.model.device, self.server.prompt_tokens
         parts: dict[str, Inputs] = {}
         targets, selects, offset = [], [], 0
         for client, reply in replies.items():
             lengths = reply.tensors[LENGTHS].long().to(device) - extra  # they count the prompt
             longest = int(lengths.max())
             full = bool((lengths == longest).all())
-            rows = Inputs(torch.empty(0), ((len(lengths), longest),), None if full else lengths)
+            nothing = torch.empty(0, device=device)
+            rows = Inputs(nothing, ((len(lengths), longest),), None if full else lengths)
             parts[client] = rows.after(unpack_rows(reply.tensors[H].to(device), rows, extra))
             if not self.home:
                 labels = reply.tensors[LABELS].long().to(device)
@@ -450,14 +455,24 @@ class Activations:
             for name, core in (("client", self.client), ("tail", self.tail)):
                 if core is not None:
                     mine = {n: values[n] for n in self.model.tunables_of(core)}
-                    learner = Learner(mine, self.setup.training, optimizer)
+                    learner = Learner(
+                        mine, self.setup.training, optimizer, device=self.model.device
+                    )
                     halves[name] = Half(self.model, core, learner, site.meter)
+            below = self._below(site)
+            if below is not None:  # the blocks that ran once are still there
+                apart = self.model.part("client", self.begin)
+                halves["client"].beside = held_bytes(apart) + below.bytes
             site.live["halves"] = halves
         return dict(site.live["halves"])
 
+    def _below(self, site: Site) -> Known | None:
+        """The private rows' hidden states, as far as nothing before them is trained."""
+        return known(self.model, self.begin, site.train, site.meter, "c1")
+
     def _next(self, site: Site) -> tuple[Batch, int, int]:
         """The client's next batch of this round, its number, and how many are left after it."""
-        plan = site.plan(site.train, "private")
+        plan = replace(site.plan(site.train, "private"), known=self._below(site))
         per_round = plan.per_pass * self.setup.training.epochs
         if "batches" not in site.live:
             first = per_round * (site.round - 1)

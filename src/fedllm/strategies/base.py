@@ -92,7 +92,7 @@ class Site:
         training = self.setup.training
         return Plan(
             examples, size or training.batch_size, training.padding, self.setup.longest,
-            (self.setup.seed, self.name, *purpose), str(self.model.model.device),
+            (self.setup.seed, self.name, *purpose), str(self.model.device),
         )  # fmt: skip
 
     def fine_tune(

@@ -119,12 +119,10 @@ class Logits:
         options, training = self.options, self.setup.training
         plan = Plan(
             public, options.batch_size or training.batch_size, training.padding,
-            self.setup.longest, (self.setup.seed, who, "public", round), str(model.model.device),
+            self.setup.longest, (self.setup.seed, who, "public", round), str(model.device),
         )  # fmt: skip
         labels = 1.0 if self.setup.public.labelled else 0.0
-        goal = Distillation(
-            teacher.to(model.model.device), options.temperature, options.loss, labels
-        )
+        goal = Distillation(teacher.to(model.device), options.temperature, options.loss, labels)
         result: Trained = yield Fit(
             model, tunables, plan, goal, training, 0, plan.per_pass * options.epochs,
             Span(round - 1, self.setup.rounds), meter, step, rate=options.rate,

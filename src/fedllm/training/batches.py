@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedllm.data.examples import Examples, Ints
+from fedllm.models.frozen import Known
 from fedllm.models.inputs import Inputs
 
 Padding = Literal["bucket", "longest", "fixed"]
@@ -23,13 +24,14 @@ class Batch:
     Rows of one client, and what is to be learnt from them.
 
     targets: classes [rows] or next tokens [selected].  places: index of each target among all
-    targets of the Examples, in their order.  tokens: real ones.
+    targets of the Examples, in their order.  tokens: real ones.  row_numbers: in the Examples.
     """
 
     inputs: Inputs
     targets: Tensor
     places: Tensor
     tokens: int
+    row_numbers: Sequence[int] = ()
 
     @property
     def rows(self) -> int:
@@ -73,9 +75,14 @@ def order(
 
 
 def collate(
-    examples: Examples, rows: Sequence[int], pad_to: int | None = None, device: str = "cpu"
-) -> Batch:
-    """Put rows of the examples side by side, padded to the longest or to ``pad_to``."""
+    examples: Examples, rows: Sequence[int], pad_to: int | None = None, device: str = "cpu",
+    known: Known | None = None,
+) -> Batch:  # fmt: skip
+    """
+    Put rows of the examples side by side, padded to the longest or to ``pad_to``.
+
+    known: their hidden states, which then stand in place of the tokens.
+    """
     lengths = examples.lengths[list(rows)]
     length = max(int(lengths.max()), pad_to or 0)
     x = np.zeros((len(rows), length), np.int64)
@@ -95,8 +102,9 @@ def collate(
         places = np.concatenate(
             [offsets[row] + np.arange(len(span)) for row, span in zip(rows, spans, strict=True)]
         )
-    inputs = Inputs.of(
-        torch.from_numpy(x).to(device),
+    inputs = Inputs(
+        torch.from_numpy(x).flatten().to(device) if known is None else known.padded(rows, length),
+        ((len(rows), length),),
         None if full else torch.from_numpy(lengths).to(device),
         None if select is None else torch.from_numpy(select).to(device),
     )
@@ -105,13 +113,14 @@ def collate(
         targets=torch.from_numpy(targets).to(device),
         places=torch.from_numpy(places).to(device),
         tokens=int(lengths.sum()),
+        row_numbers=rows,
     )
 
 
 def batches(
     examples: Examples, size: int, padding: Padding, rng: np.random.Generator | None,
-    longest: int, device: str = "cpu",
+    longest: int, device: str = "cpu", known: Known | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
     """One epoch of batches; ``longest`` is what ``fixed`` pads to."""
     for rows in order(examples.lengths, size, padding, rng):
-        yield collate(examples, rows, longest if padding == "fixed" else None, device)
+        yield collate(examples, rows, longest if padding == "fixed" else None, device, known)

@@ -28,9 +28,10 @@ from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
 from fedllm.models.core import Core
 from fedllm.models.inputs import beside
-from fedllm.models.loading import LanguageModel
+from fedllm.models.loading import LanguageModel, calm
 from fedllm.streams import generator, torch_stream
 from fedllm.training.batches import Batch, batches
+from fedllm.training.known import known
 from fedllm.training.learner import Learner, Plan, Span, advance
 from fedllm.training.meter import (
     Cost,
@@ -237,7 +238,7 @@ def cohort_size(model: LanguageModel, training: ex.Training) -> int:
         return 1
     # values, gradients, two slots of the optimizer, stacked copies, frames in and out
     each = 10 * sum(t.numel() * t.element_size() for t in model.initial.values())
-    return max(1, min(256, _memory(str(model.model.device)) // 8 // each))
+    return max(1, min(256, memory(model.device) // 8 // each))
 
 
 def _groups(jobs: Sequence[J]) -> list[list[J]]:
@@ -300,7 +301,7 @@ def packs(
     """Members in order, as many together as one pass should take."""
     width = getattr(model.model.config, "hidden_size", 1024)
     # about forty numbers a cell, block and unit of width live through a pass
-    fits = _memory(str(device)) // 4 // (width * max(model.blocks, 1) * 160)
+    fits = memory(device) // 4 // (width * max(model.blocks, 1) * 160)
     limit = min(CELLS, fits)
     pack: list[J] = []
     filled = 0
@@ -316,9 +317,9 @@ def packs(
 
 
 @cache
-def _memory(device: str) -> int:
+def memory(device: torch.device) -> int:
     """Bytes that this machine, or this device, has."""
-    if device.startswith("cuda"):
+    if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -334,7 +335,7 @@ def _drawing(
         if training.base_dropout:  # the library's own layers know of no streams
             around.enter_context(torch_stream(*purposes[0]))
             model.model.train(True)
-            around.callback(model.model.train, False)
+            around.callback(calm, model.model)
         around.enter_context(core.holding(tunables, draws))
         yield
 
@@ -347,9 +348,11 @@ class _Fitting:
 
     def __init__(self, job: Fit) -> None:
         self.job = job
-        self.learner = Learner(job.tunables, job.training, job.optimizer, job.rate)
+        device = job.model.device
+        self.learner = Learner(job.tunables, job.training, job.optimizer, job.rate, device)
         self.cost = job.meter.cost(job.step)
-        self.batches = job.plan.between(job.first, job.last)
+        self.core = job.model.part("whole", 0, job.model.frozen.begin)
+        self.batches: Iterator[Batch] | None = None
         self.held = held_bytes(job.model.whole) + self.learner.reserved
         self.left = job.last - job.first
         self.number = 0
@@ -366,8 +369,14 @@ class _Fitting:
         return (*self.job.plan.purpose, "dropout", self.job.first, self.number)
 
     def fetch(self) -> None:
+        job = self.job
         try:
-            with self.job.meter.step(self.job.step):
+            if self.batches is None:
+                plan = job.plan
+                below = known(job.model, job.model.frozen.begin, plan.examples, job.meter, job.step)
+                self.held += below.bytes if below else 0
+                self.batches = replace(plan, known=below).between(job.first, job.last)
+            with job.meter.step(job.step):
                 self.batch = next(self.batches)
         except Exception as error:
             self.error = error
@@ -394,7 +403,7 @@ class _Fitting:
         model, batch = self.job.model, self.batch
         self.number += 1
         self.left -= 1
-        self.cost.flops += self.job.meter.flops(model, model.whole, batch, backward=True)
+        self.cost.flops += self.job.meter.flops(model, self.core, batch, backward=True)
         self.cost.examples += batch.rows
         self.cost.tokens += batch.tokens
         self.cost.optimizer_steps += 1
@@ -432,7 +441,7 @@ def _train(pack: list[_Fitting]) -> None:
 
     probe = None if measures_itself(members) else by_itself
     try:
-        with passing(pack[0].job.model.whole, _kind(pack[0]), members, probe):
+        with passing(pack[0].core, _kind(pack[0]), members, probe):
             losses = _train_pass(pack, [fitting.learner.params for fitting in pack])
     except Exception:
         for fitting in pack:
@@ -457,8 +466,7 @@ def _train_pass(
     pack: Sequence[_Fitting], params: Sequence[Mapping[str, Tensor]]
 ) -> list[float]:  # fmt: skip
     """Forward and backward of one batch each; the gradients go to ``params``. The losses."""
-    job = pack[0].job
-    core = job.model.whole
+    job, core = pack[0].job, pack[0].core
     inputs = beside([fitting.batch.inputs for fitting in pack])
     purposes = [fitting.purpose for fitting in pack]
     around = _drawing(job.model, job.training, core, stack(params), purposes, inputs.x.device)
@@ -531,9 +539,8 @@ class _Inferring:
     def __init__(self, job: Infer) -> None:
         self.job = job
         self.cost = job.meter.cost(job.step)
-        self.batches = batches(
-            job.examples, job.size, "bucket", None, 0, str(job.model.model.device)
-        )
+        self.core = job.model.part("whole", 0, job.model.frozen.begin)
+        self.batches: Iterator[Batch] | None = None
         self.held = held_bytes(job.model.whole)
         self.batch: Batch | None = None
         self.error: Exception | None = None
@@ -544,8 +551,14 @@ class _Inferring:
         return Member(self.job.meter, self.cost, self.batch, self.held)
 
     def fetch(self) -> None:
+        job = self.job
         try:
-            with self.job.meter.step(self.job.step):
+            if self.batches is None:
+                below = known(job.model, job.model.frozen.begin, job.examples, job.meter, job.step)
+                self.held += below.bytes if below else 0
+                device = str(job.model.device)
+                self.batches = batches(job.examples, job.size, "bucket", None, 0, device, below)
+            with job.meter.step(job.step):
                 self.batch = next(self.batches, None)
         except Exception as error:
             self.error = error
@@ -570,14 +583,13 @@ def _infer(jobs: list[Infer]) -> list[Any]:
         live = [one for one in live if one.batch is not None and one.error is None]
         if not live:
             return [one.error for one in every]
-        for pack in packs(live, lambda one: one.cells, model, model.model.device):
+        for pack in packs(live, lambda one: one.cells, model, model.device):
             _apart(pack, _look, _Inferring.fail)
 
 
 def _look(pack: list[_Inferring]) -> None:
     """One batch of each: their logits, handed over."""
-    model = pack[0].job.model
-    core = model.whole
+    model, core = pack[0].job.model, pack[0].core
     members = [one.member for one in pack]
 
     def by_itself(member: Member) -> Callable[[], Any]:

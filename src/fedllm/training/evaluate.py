@@ -128,7 +128,7 @@ def generate(
     longest = getattr(model.model.config, "max_position_embeddings", 1024)
     longest -= getattr(model.spec, "tokens", 0)
     tokens = list(prompt)
-    device = model.model.device
+    device = model.device
     for _ in range(limit):
         x = torch.tensor([tokens[-longest:]], device=device)
         last = torch.tensor([x.shape[1] - 1], device=device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.data.examples import Examples
+from fedllm.models.frozen import Known
 from fedllm.streams import stream
 from fedllm.training.batches import Batch, Padding, collate, order
 
@@ -33,10 +34,16 @@ class Learner:
     def __init__(
         self, tunables: Mapping[str, Tensor], training: ex.Training,
         state: dict[str, Tensor] | None = None, rate: float | None = None,
+        device: torch.device | None = None,
     ) -> None:  # fmt: skip
-        """Copy ``tunables``; continue from an optimizer ``state`` that ``state()`` returned."""
+        """
+        Copy ``tunables``; continue from an optimizer ``state`` that ``state()`` returned.
+
+        device: where to train; what is given and given back lies on the CPU.
+        """
         self.params = {
-            name: tensor.detach().clone().requires_grad_(True) for name, tensor in tunables.items()
+            name: tensor.detach().to(device, copy=True).requires_grad_(True)
+            for name, tensor in tunables.items()
         }
         self.training = training
         self.rate = rate or training.rate
@@ -49,12 +56,12 @@ class Learner:
             if slot == "step":
                 self.steps[name] = int(tensor)
             else:
-                self.slots[slot][name] = tensor.clone()
+                self.slots[slot][name] = tensor.to(device, copy=True)
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's tensors, named ``<tunable>|<slot>`` as torch's optimizers name them."""
         found = {
-            f"{name}|{slot}": tensor.detach().clone()
+            f"{name}|{slot}": tensor.detach().to("cpu", copy=True)
             for slot, tensors in self.slots.items()
             for name, tensor in tensors.items()
         }
@@ -69,7 +76,7 @@ class Learner:
 
     def values(self) -> dict[str, Tensor]:
         """The tunables as they are now, detached."""
-        return {name: tensor.detach().clone() for name, tensor in self.params.items()}
+        return {name: t.detach().to("cpu", copy=True) for name, t in self.params.items()}
 
     def forget(self) -> None:
         """Drop gradients that came."""
@@ -185,7 +192,7 @@ class Plan:
     The batches of some passes over the examples, drawn from ``purpose``'s streams.
 
     Pass e is shuffled by the stream (purpose, "order", e) alone, so that a resumed or a
-    stretched training sees the same batches.
+    stretched training sees the same batches.  known: hidden states in place of the tokens.
     """
 
     examples: Examples
@@ -194,6 +201,7 @@ class Plan:
     longest: int
     purpose: tuple[object, ...]
     device: str = "cpu"
+    known: Known | None = None
 
     @property
     def per_pass(self) -> int:
@@ -208,7 +216,7 @@ class Plan:
     def batch(self, rows: Sequence[int]) -> Batch:
         """One batch."""
         pad_to = self.longest if self.padding == "fixed" else None
-        return collate(self.examples, rows, pad_to, self.device)
+        return collate(self.examples, rows, pad_to, self.device, self.known)
 
     def between(self, first: int, last: int) -> Iterator[Batch]:
         """Batches number ``first`` to ``last`` - 1 of the endless sequence of passes."""

@@ -100,6 +100,18 @@ class Measured:
     pace: dict[tuple[object, ...], tuple[int, float]] = field(default_factory=dict)
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds by which everything asked of the device so far is done."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def seconds() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return seconds
+
+
 class Meter:
     """The costs of one client's task, or of the server's round, step by step."""
 
@@ -109,6 +121,7 @@ class Meter:
     ) -> None:  # fmt: skip
         """``tick`` hears of every batch's rows, for a progress bar.  clock: seconds."""
         self.steps: dict[str, Cost] = {}
+        self.paid: set[tuple[str, int]] = set()  # frozen passes (``training.known``)
         self.measured = measured or Measured()
         self.tick = tick or (lambda rows: None)
         self.clock = clock
@@ -146,6 +159,7 @@ class Meter:
         input_grad: bool = False,
     ) -> int:  # fmt: skip
         """FLOPs of this pass (forward, or forward and backward)."""
+        core = model.countable(core)
         counter = FlopCounter(core, frozenset(model.initial), self.measured.flops)
         return counter(batch.inputs.blocks, batch.selected, backward, input_grad)
 

@@ -39,6 +39,7 @@ from fedllm.strategies import ServerState
 
 SHARED = Path(os.environ.get("FEDLLM_SHARED", plain_loop.FILE.parents[2] / "shared"))
 Side = Callable[[], float]
+PARTS = ["banking", "strategies", "threads", "gpt2", "stories", "accelerator", "clients"]
 
 
 class Ours:
@@ -184,14 +185,37 @@ def matrix_rate() -> float:
     return statistics.median(rates)
 
 
-def gpt2(times: int) -> dict[str, Any]:
-    """Achieved FLOP/s over the machine's own, a random GPT-2 of 124 M, real tokens only."""
+def random_gpt2(folder: Path) -> Path:
+    """A folder with GPT-2's configuration (124 M) and tokenizer, and no weights."""
     from transformers import AutoTokenizer, GPT2Config
 
+    GPT2Config().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(SHARED / "models" / "gpt2-tokenizer").save_pretrained(folder)
+    return folder
+
+
+def threads(examples: int, times: int) -> dict[int, list[float]]:
+    """Seconds of our round of parameters with one thread, and with as many as torch would take."""
+    most = torch.get_num_threads()
+    spec = banking(examples, strategy=ex.Parameters())
+    side = Ours(spec, federation.prepare(spec, 0))
+
+    def using(number: int) -> Side:
+        def one() -> float:
+            torch.set_num_threads(number)
+            return side()
+
+        return one
+
+    found = interleaved({f"{n} threads": using(n) for n in (1, most)}, times)
+    torch.set_num_threads(most)
+    return dict(zip((1, most), found.values(), strict=True))
+
+
+def gpt2(times: int) -> dict[str, Any]:
+    """Achieved FLOP/s over the machine's own, a random GPT-2 of 124 M, real tokens only."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        GPT2Config().save_pretrained(folder)
-        AutoTokenizer.from_pretrained(SHARED / "models" / "gpt2-tokenizer").save_pretrained(folder)
+        folder = random_gpt2(Path(name))
         text = (SHARED / "data" / "tinyshakespeare" / "input.txt").read_text()
         rows = [json.dumps({"text": text[i : i + 8000]}) for i in range(0, 40_000, 8000)]
         (folder / "rows.jsonl").write_text("\n".join(rows))
@@ -229,11 +253,10 @@ def gpt2(times: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def stories(times: int) -> dict[str, list[float]]:
-    """100 clients x 50 windows of 32 tokens, batch 8, on stories-260k: together and one by one."""
+def hundred(base: Path, times: int, **model: Any) -> dict[str, list[float]]:
+    """100 clients x 50 windows of 32 tokens, batch 8: together and one by one."""
     from transformers import AutoTokenizer
 
-    base = SHARED / "models" / "stories-260k"
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = (SHARED / "data" / "tinyshakespeare" / "input.txt").read_text()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -250,7 +273,7 @@ def stories(times: int) -> dict[str, list[float]]:
             spec = ex.parse(
                 {
                     "rounds": 1000,
-                    "model": {"name": str(base), "threads": torch.get_num_threads()},
+                    "model": {"name": str(base), "threads": torch.get_num_threads(), **model},
                     "task": {"kind": "generation"}, "data": {"max_tokens": 32},
                     "training": {"batch_size": 8},
                     "simulation": {
@@ -258,7 +281,7 @@ def stories(times: int) -> dict[str, list[float]]:
                         "test": str(folder / "test.jsonl"), "cohort": cohort,
                     },
                 },
-                "stories", folder,
+                base.name, folder,
             )  # fmt: skip
             sides[what] = Ours(spec, federation.prepare(spec, 0))
     return interleaved(sides, times)
@@ -309,11 +332,11 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--examples", type=int, default=320, help="rows a client on Banking77")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--only", nargs="*", help="banking, strategies, gpt2, stories, clients")
+    parser.add_argument("--only", nargs="*", help=f"of {', '.join(PARTS)}")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    wanted = arguments.only or ["banking", "strategies", "gpt2", "stories", "clients"]
+    wanted = arguments.only or PARTS
     text = [
         "# Speed", "",
         f"{platform.machine()}, {torch.get_num_threads()} threads, Python "
@@ -357,9 +380,25 @@ def main() -> None:
             )
             text += ["", f"{name}: {ratio:.2f}x", "", *table(found, "ours")]
     if "stories" in wanted:
-        found = stories(arguments.times)
+        found = hundred(SHARED / "models" / "stories-260k", arguments.times)
         text += ["", "## 100 clients x 50 windows of 32 tokens, batch 8, stories-260k", "",
                  *table(found, "together")]  # fmt: skip
+    if "threads" in wanted:
+        text += ["", "## Our round by number of threads", "", "| threads | median s | min - max |",
+                 "|---|---|---|"]  # fmt: skip
+        for number, seconds in threads(arguments.examples, arguments.times).items():
+            span = f"{min(seconds):.2f} - {max(seconds):.2f}"
+            text.append(f"| {number} | {statistics.median(seconds):.2f} | {span} |")
+    if "accelerator" in wanted and torch.cuda.is_available():
+        with tempfile.TemporaryDirectory() as name:
+            base = random_gpt2(Path(name) / "gpt2")
+            for precision in ("fp32", "bf16"):
+                found = hundred(
+                    base, arguments.times, weights="random", device="cuda", precision=precision
+                )
+                where = f"{precision}, {torch.cuda.get_device_name()}"
+                text += ["", f"## 100 clients, random GPT-2 (124 M), {where}", "",
+                         *table(found, "together")]  # fmt: skip
     if "gpt2" in wanted:
         rates = gpt2(arguments.times)
         text += ["", "## Random GPT-2 (124 M), LoRA, 8 x 128 tokens", "",

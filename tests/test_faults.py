@@ -9,8 +9,8 @@ import torch
 from fedllm.errors import FedllmError
 from fedllm.message import Failure, Message
 from fedllm.round import Federation
-from fedllm.training import cohort
-from fedllm.training.cohort import Tasked
+from fedllm.training import halves
+from fedllm.training.jobs import Tasked
 from fedllm.training.learner import Learner
 from small import GPT2, build, experiment, finish, furthest
 
@@ -194,7 +194,7 @@ def test_the_servers_rate_never_rises_under_a_falling_schedule(
     spec = experiment(GPT2, rows=60, rounds=2, strategy=strategy,
                       training={"schedule": "linear"})  # fmt: skip
     seen: dict[int, list[float]] = {}
-    original = cohort.advance
+    original = halves.advance
 
     def spy(learners: Sequence[Learner], progress: Sequence[float]) -> None:
         for one, at in zip(learners, progress, strict=True):
@@ -202,7 +202,7 @@ def test_the_servers_rate_never_rises_under_a_falling_schedule(
                 seen.setdefault(id(one), []).append(at)
         original(learners, progress)
 
-    monkeypatch.setattr(cohort, "advance", spy)
+    monkeypatch.setattr(halves, "advance", spy)
     finish(build(spec))
     assert seen
     for progress in seen.values():

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm import federation
+from fedllm import federation, ledger
 from fedllm.data.examples import Examples
 from fedllm.federation import Silent
 from fedllm.models.frozen import Known
 from fedllm.round import Federation
 from fedllm.training.batches import collate
-from fedllm.training.known import known, remember
+from fedllm.training.known import Use, known, remember
 from fedllm.training.meter import Meter
 from small import TASKS, build, experiment, finish, furthest
 
@@ -87,16 +87,72 @@ def test_everybody_pays_once_for_a_set_that_many_share() -> None:
     assert torch.equal(part.padded([0], length), found.padded([1], length))
 
 
-def test_what_does_not_fit_is_computed_anew_and_the_run_says_so() -> None:
-    built = build(experiment(tunables=UPPER))
+def test_who_failed_pays_in_the_next_round() -> None:
+    """The costs of a failed step are not counted, so what ran once in it is paid for later."""
+    spec = experiment(
+        rounds=2, tunables=UPPER, exchange={"minimum_replies": 2}, training={"rate": 0.001}
+    )
+    built = build(spec)
     site = built.worker.sites["client-1"]
-    site.model.frozen.begin = 0
+    real, failed = built.strategy.tasks["train"], []
+
+    def once(site: Any, message: Any) -> Any:
+        reply = yield from real(site, message)  # type: ignore[misc]
+        if site.name == "client-1" and not failed:
+            failed.append(True)
+            raise RuntimeError("lost")
+        return reply
+
+    built.strategy.tasks = {**built.strategy.tasks, "train": once}
+    finish(built)
+    rows = [r for r in built.ledger.rows if r.step == "a2" and r.direction == "compute"]
+    first = {r.client: r.flops for r in rows if r.round == 1}
+    second = {r.client: r.flops for r in rows if r.round == 2}
+    assert set(first) == {"client-2", "client-3"}
+    below = known(site.model, 2, site.train, Meter(), "a2")
+    assert below is not None
+    assert second["client-1"] > below.flops
+    assert second["client-2"] < first["client-2"]
+
+
+def test_a_set_of_which_few_rows_are_drawn_is_not_run_as_a_whole() -> None:
+    def public(rounds: int) -> Any:
+        spec = experiment(
+            rounds=rounds, tunables=UPPER, strategy={"kind": "logits"},
+            public={"size": 12, "rows_per_round": 4},
+        )  # fmt: skip
+        site = build(spec).worker.sites["client-1"]
+        assert site.public is not None
+        return known(site.model, 2, site.public.take([1, 5]), Meter(), "b2")
+
+    assert public(2) is None
+    assert public(3) is not None
+
+
+def test_what_does_not_fit_is_computed_anew_and_the_run_says_so() -> None:
+    built = build(experiment(tunables=UPPER, model={"cache": False}))
+    site = built.worker.sites["client-1"]
     size = site.train.tokens * site.model.width * 4
-    remark = remember(site.model, [site.train, site.train, None], size - 1)
-    assert "are not kept" in remark
+    uses = [(site.model, [Use(site.train, 10**6)] * 2), (site.model, [Use(site.train, 10**6)])]
+    assert "computed anew" in remember(uses, 8, size - 1)
     assert site.model.frozen.begin == 0
-    assert remember(site.model, [site.train, site.train], size) == ""
+    assert remember(uses, 8, size) == ""
     assert site.model.frozen.begin == 2
+
+
+def test_a_first_pass_is_no_larger_than_a_batch_of_training() -> None:
+    def peak(cache: bool) -> int:
+        spec = experiment(
+            "builtin", "generation", tunables=UPPER, model={"cache": cache},
+            training={"batch_size": 1, "rate": 0.001}, evaluation={"batch_size": 1},
+        )  # fmt: skip
+        built = build(spec)
+        finish(built)
+        site = built.worker.sites["client-1"]
+        kept = sum(site.meter.held.values())
+        return max(r.peak_memory for r in built.ledger.rows if r.client == "client-1") - kept
+
+    assert peak(True) < 1.1 * peak(False)
 
 
 def test_a_base_with_dropout_is_never_remembered() -> None:
@@ -113,7 +169,7 @@ class Stop(Silent):
 
 def test_a_resumed_run_finds_the_same_bits(tmp_path: Any) -> None:
     spec = experiment(
-        rounds=3, tunables=UPPER, public={"rows_per_round": 5},
+        rounds=3, tunables=UPPER, public={"size": 12, "rows_per_round": 5},
         strategy={"kind": "logits", "epochs": 1}, training={"batch_size": 3, "rate": 0.001},
     )  # fmt: skip
     federation.run(spec, 0, tmp_path / "whole")
@@ -123,6 +179,9 @@ def test_a_resumed_run_finds_the_same_bits(tmp_path: Any) -> None:
     for path in sorted((tmp_path / "whole" / "adapter").rglob("*.safetensors")):
         other = tmp_path / "cut" / path.relative_to(tmp_path / "whole")
         assert path.read_bytes() == other.read_bytes()
+    whole, cut = (ledger.read(tmp_path / name / "ledger.jsonl") for name in ("whole", "cut"))
+    for step in ("b1", "b2", "b5", "b6", "b8", "eval"):
+        assert ledger.total(whole, "flops", step=step) == ledger.total(cut, "flops", step=step) > 0
 
 
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8), data=st.data())

@@ -12,7 +12,7 @@ from fedllm.ledger import Row, total
 from fedllm.round import Federation
 from fedllm.strategies import STRATEGIES
 from fedllm.strategies.logits import Logits
-from fedllm.training.cohort import Tasked, Trained
+from fedllm.training.jobs import Tasked, Trained
 from shared import needs_shared
 from small import GPT2, LLAMA, build, experiment, final, finish, furthest
 

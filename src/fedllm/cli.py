@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run f
 
 def main() -> None:
     """Entry point: errors of the user's input end with code 2."""
+    # torch's threads would spin while they wait for each other; beside any other work on the
+    # machine a step then takes several times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except FedllmError as error:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,9 +29,10 @@ from fedllm.round import Federation
 from fedllm.states import States
 from fedllm.strategies import ServerState, Setup, Site, build
 from fedllm.summary import summarize, variant
-from fedllm.training.cohort import cohort_size, memory, stackable
-from fedllm.training.known import remember
+from fedllm.training.cohort import cohort_size, stackable
+from fedllm.training.known import Use, remember
 from fedllm.training.meter import Measured, Meter, clock_of
+from fedllm.training.passes import memory
 from fedllm.transport.local import Local
 from fedllm.worker import Worker
 
@@ -202,11 +203,11 @@ def assemble(
     )  # fmt: skip
     others = _client_models(experiment, seed, base_model, model, prepared)
     if experiment.model.cache and not experiment.training.base_dropout:
-        for one, its in [(model, prepared), *others]:
-            sets = [rows for own in its.clients.values() for rows in (own.train, own.test)]
-            remark = remember(one, [*sets, its.public], memory(one.model.device) // 4)
-            if remark:
-                listener.note(remark)
+        uses = _uses(experiment, prepared, model, others)
+        size = experiment.training.batch_size
+        remark = remember(uses, size, memory(model.device) // 4)
+        if remark:
+            listener.note(remark)
     strategy = build(strategy_spec, setup, model, prepared.public)
     exchange_spec = experiment.exchange
     sites = {}
@@ -243,6 +244,31 @@ def assemble(
         exchange_spec.minimum_replies, listener.step, prepared.measured, clock_of(model.device),
     )  # fmt: skip
     return Federation(experiment, seed, strategy, exchange, worker, ledger, prepared.labels)
+
+
+def _uses(
+    experiment: ex.Experiment, prepared: Prepared, model: LanguageModel,
+    others: Sequence[tuple[LanguageModel, Prepared]],
+) -> list[tuple[LanguageModel, list[Use]]]:  # fmt: skip
+    """What each model will see: its clients' rows, everybody's test rows, public rows."""
+
+    def all_of(examples: Examples) -> Use:
+        return Use(examples, len(examples))
+
+    public = [] if prepared.public is None else [
+        Use(data.public, experiment.rounds * (experiment.public.rows_per_round or len(data.public)))
+        for data in [prepared, *(theirs for _, theirs in others)]
+        if data.public is not None
+    ]  # fmt: skip
+    found = [(model, [all_of(data.test) for data in prepared.clients.values()] + public[:1])]
+    if not others:
+        found[0][1].extend(all_of(data.train) for data in prepared.clients.values())
+    for number, name in enumerate(prepared.clients if others else ()):
+        own, theirs = others[number % len(others)]
+        data = theirs.clients[name]
+        found.append((own, [all_of(data.train), all_of(data.test)]))
+    found += [(own, [use]) for (own, _), use in zip(others, public[1:], strict=False)]
+    return found
 
 
 def check(experiment: ex.Experiment, seed: int, prepared: Prepared) -> Federation:

@@ -53,8 +53,9 @@ def open_run(
     import json
 
     name = str(json.loads((path / "tunables.json").read_text())["model"])
+    here = experiment.model.model_copy(update={"device": "auto"})  # it may have run elsewhere
     model = load(
-        experiment.model, experiment.task, experiment.tunables, len(experiment.data.labels),
+        here, experiment.task, experiment.tunables, len(experiment.data.labels),
         experiment.seeds[0], name,
     )  # fmt: skip
     return experiment, model, adapters.load_adapter(model, path), path

@@ -7,7 +7,7 @@ select the cohort -> the strategy asks, combines and steps -> evaluate -> commit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from fedllm.message import Failure, Message, Role, of_role
 from fedllm.strategies.base import Group, ServerState, Strategy
 from fedllm.streams import stream
 from fedllm.training.evaluate import Metrics, add, metrics
+from fedllm.training.known import paid, restore_paid
 from fedllm.worker import Worker
 
 DETAILED = 100  # with more clients than this, theirs are reported without each class
@@ -45,9 +46,11 @@ def run(federation: Federation, begin: Committed, commit: Callable[[Committed], 
     for number in range(begin.round + 1, experiment.rounds + 1):
         cohort = select(federation, number)
         ask.open(number)
+        restore_paid(ask.meter, committed.server.facts)
         rng = stream(federation.seed, "server", number)
         state = strategy.serve(committed.server, cohort, ask, rng)
         ask.close()
+        state = replace(state, facts={**state.facts, **paid(ask.meter)})
         entry: dict[str, Any] = {
             "round": number, "cohort": cohort,
             **{k: v for k, v in state.facts.items() if k.endswith("loss")},

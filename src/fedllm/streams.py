@@ -40,7 +40,7 @@ def torch_stream(*purpose: object) -> Iterator[None]:
     """
     import torch
 
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed_of(*purpose))
         yield

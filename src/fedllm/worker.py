@@ -14,10 +14,12 @@ from fedllm.errors import FedllmError
 from fedllm.message import Failure, Message, Role, of_role
 from fedllm.states import States
 from fedllm.strategies.base import Site, Strategy
-from fedllm.training.cohort import Tasked, together
+from fedllm.training.cohort import together
 from fedllm.training.evaluate import generate, rouge_l, statistics
+from fedllm.training.jobs import Tasked
 
 LOG = logging.getLogger(__name__)
+PAID = "paid"  # group of a client's state: what it computed once (``training.known``)
 REMEMBERED = 16  # answers that are kept in case they got lost, besides those of the last call
 
 
@@ -86,15 +88,21 @@ class Worker:
         self, client: str, message: Message, result: Message | Exception
     ) -> Message | Failure:
         """Add what the answer cost, or name the fault; kept in case it is asked for again."""
-        costs = self.sites[client].meter.take()
+        site = self.sites[client]
+        costs = site.meter.take()
+        before = set(site.group(PAID))
         if isinstance(result, Message):
             result.facts.update(costs)
+            if site.meter.paid != before:
+                site.keep(PAID, {name: torch.ones(1, dtype=torch.int8) for name in site.meter.paid})
             reply: Message | Failure = result
         elif isinstance(result, FedllmError):
             reply = Failure(client, message.step, str(result))
         else:
             LOG.debug("client %s, step %s", client, message.step, exc_info=result)
             reply = Failure(client, message.step, f"{type(result).__name__}: {result}")
+        if isinstance(reply, Failure):
+            site.meter.paid = before  # nobody heard of these costs
         if message.task != "evaluate":  # asked again it is only computed again
             self._last[client] = (message.id, reply)
             self._last.move_to_end(client)
@@ -113,6 +121,7 @@ class Worker:
             self._last.clear()
             self._round = message.round
         site.live.clear()
+        site.meter.paid = set(site.group(PAID))
         site.round = message.round
         self._attempt[site.name] = now
 

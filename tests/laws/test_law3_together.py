@@ -9,11 +9,13 @@ import torch
 
 from fedllm import experiment as ex
 from fedllm.ledger import total
-from fedllm.training import cohort
-from fedllm.training.cohort import Fit, alone, stack, stackable, work
+from fedllm.training import fit
+from fedllm.training.cohort import alone, stackable, work
+from fedllm.training.jobs import Fit
 from fedllm.training.learner import Span
 from fedllm.training.meter import Meter
 from fedllm.training.objectives import cross_entropy
+from fedllm.training.passes import stack
 from shared import needs_shared
 from small import BERT, GPT2, LLAMA, TASKS, build, experiment, finish, furthest
 
@@ -66,14 +68,14 @@ def both(jobs: list[Fit]) -> tuple[list[Any], list[Any]]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many clients went through each training pass that counts."""
     sizes: list[int] = []
-    real = cohort._train_pass
+    real = fit._train_pass
 
     def counted(pack: Any, params: Any) -> list[float]:
         if params[0] is pack[0].learner.params:  # not a pass that only measures
             sizes.append(len(pack))
         return real(pack, params)
 
-    monkeypatch.setattr(cohort, "_train_pass", counted)
+    monkeypatch.setattr(fit, "_train_pass", counted)
     return sizes
 
 
@@ -242,7 +244,7 @@ def test_stacking_one_is_that_one() -> None:
 def test_one_pass_takes_no_more_than_fits(
     monkeypatch: pytest.MonkeyPatch, passes: list[int]
 ) -> None:
-    monkeypatch.setattr(cohort, "CELLS", 250)
+    monkeypatch.setattr("fedllm.training.passes.CELLS", 250)
     work(fits(experiment(training={"batch_size": 4}), [3, 3, 3]))
     assert max(passes) == 2
     assert sum(passes) == 9
@@ -331,7 +333,7 @@ def test_a_bad_row_changes_nothing_for_the_others(what: str) -> None:
 def test_lora_on_the_output_layer_trains_together(
     dropout: float, monkeypatch: pytest.MonkeyPatch, passes: list[int]
 ) -> None:
-    monkeypatch.setattr(cohort, "LOGITS", 1 << 12)
+    monkeypatch.setattr(fit, "LOGITS", 1 << 12)
     spec = experiment(
         GPT2, "generation", tunables={"targets": ["c_attn", "lm_head"], "dropout": dropout},
         training={"rate": 0.001, "batch_size": 4},
@@ -345,7 +347,7 @@ def test_lora_on_the_output_layer_trains_together(
 def test_token_logits_in_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = experiment(GPT2, "generation", training={"rate": 0.01, "batch_size": 4})
     whole = work(fits(spec, [3, 3, 3]))
-    monkeypatch.setattr(cohort, "LOGITS", 1 << 12)
+    monkeypatch.setattr(fit, "LOGITS", 1 << 12)
     for one, other in zip(work(fits(spec, [3, 3, 3])), whole, strict=True):
         assert furthest(one.values, other.values) < 1e-5
         assert one.loss == pytest.approx(other.loss, abs=1e-5)

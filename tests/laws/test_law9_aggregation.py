@@ -11,7 +11,7 @@ from torch import Tensor
 from fedllm.aggregation import RULES
 from fedllm.errors import FedllmError
 from fedllm.message import Message
-from fedllm.training.cohort import Tasked
+from fedllm.training.jobs import Tasked
 from small import GPT2, build, experiment, finish
 
 rules = pytest.mark.parametrize("name", sorted(RULES))

@@ -59,9 +59,12 @@ class Frozen:
     """
     What is remembered of one model.
 
-    begin: blocks below it are run once for each row; 0: nothing is remembered.  sets: what is
-    known, by the tokens of a set and the number of blocks.
+    begin: blocks below it are run once for each row.  wanted: which sets, by the hash of their
+    tokens; of others nothing is remembered.  rows: of one pass.  sets: what is known so far, by
+    hash and number of blocks.
     """
 
     begin: int = 0
+    wanted: frozenset[str] = frozenset()
+    rows: int = 1
     sets: dict[tuple[str, int], Known] = field(default_factory=dict)

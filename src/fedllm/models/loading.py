@@ -162,7 +162,8 @@ class LanguageModel:
         if (part, cut, begin) not in self._parts:
             core = Core(
                 self.model, self.family, not self.classification, part, cut, begin,
-                **self.virtual, name=self.name, slots=self.slots, half=self.half,
+                **self.virtual, name=f"{self.name} {self.spec!r}", slots=self.slots,
+                half=self.half,
             )  # fmt: skip
             calm(core)
             self._parts[part, cut, begin] = core
@@ -204,8 +205,7 @@ class LanguageModel:
         for name in sorted(tensors):
             if name not in self.initial:
                 digest.update(name.encode())
-                state = getattr(tensors[name], "quant_state", None)  # of a base in 4 bits
-                for tensor in (tensors[name], *([] if state is None else [state.absmax])):
+                for tensor in (tensors[name], *_scales(tensors[name])):
                     data = tensor.detach().cpu().contiguous()
                     digest.update(data.view(torch.uint8).numpy().tobytes() if data.ndim else b"")
         return digest.hexdigest()[:16]
@@ -220,10 +220,19 @@ class LanguageModel:
         )
 
 
+def _scales(weight: Tensor) -> list[Tensor]:
+    """What a weight in 4 bits consists of besides its bits; of any other nothing."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return []
+    parts = state.as_dict(packed=True)
+    return [parts[name] for name in sorted(parts) if isinstance(parts[name], Tensor)]
+
+
 @torch.no_grad()
 def _causal(model: Any) -> bool:
     """Whether a later token leaves the logits of an earlier one alone."""
-    x = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]])
+    x = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
     logits = model(input_ids=x).logits
     return torch.allclose(logits[0, 0], logits[1, 0], atol=1e-5)
 
@@ -256,9 +265,10 @@ def load(
     kind = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
     device = torch.device("meta") if meta else place(spec.device)
     options: dict[str, Any] = {"dtype": torch.float32}
-    quantized = spec.quantization != "none" and not meta
-    if quantized:
-        options |= _in_four_bits(spec, device, family)
+    twin = None
+    if spec.quantization != "none" and not meta:
+        twin = load(spec, task, tunables, labels, seed, name, meta=True)
+        options |= _in_four_bits(spec, twin.model)
     if classification:
         config.num_labels = labels
         options["ignore_mismatched_sizes"] = True  # another task's head is replaced by a new one
@@ -272,9 +282,11 @@ def load(
                     source_of(name), config=config, revision=spec.revision,
                     use_safetensors=True, **options,
                 )  # fmt: skip
+        except torch.OutOfMemoryError:
+            raise _too_large(name, device) from None
         except (OSError, ValueError, RuntimeError) as error:
             raise hub_error("model", "model.name", name, error) from None
-        model.eval()
+        calm(model)
         virtual, names = install(model, tunables, classification)
     head = head_names(model) if classification else set()
     if tunables.head != "frozen":
@@ -286,10 +298,14 @@ def load(
             f"task.kind = 'generation': {name!r} ({config.model_type}) sees the tokens that it is "
             "to predict; choose a causal language model such as 'openai-community/gpt2'"
         )
-    if not quantized:  # which is there already
-        model.to(device)
-    for module in virtual.values():
-        module.to(device)
+    if twin is not None:
+        _mend(model)
+    try:
+        for module in (model, *virtual.values()):
+            # past transformers' own method, which has doubts about bases in 4 bits
+            torch.nn.Module.to(module, device)
+    except torch.OutOfMemoryError:
+        raise _too_large(name, device) from None
     slots = Slots()
     stackable = give_slots(model, names, slots) and family is not None
     if family is not None:
@@ -297,7 +313,7 @@ def load(
     found = LanguageModel(
         name, model, family, classification, dict(virtual),
         frozenset(f"model.{n}" for n in head), {}, tunables, slots, stackable,
-        half=spec.precision == "bf16",
+        half=spec.precision == "bf16", twin=twin,
     )  # fmt: skip
     initial = {}
     for key, parameter in found.whole.named_parameters():
@@ -306,15 +322,21 @@ def load(
             initial[key] = parameter.detach().to(where, torch.float32, copy=True)
             parameter.requires_grad_(False)
     found.initial = dict(sorted(initial.items()))
-    if quantized:
-        found.twin = load(spec, task, tunables, labels, seed, name, meta=True)
     return found
 
 
-def _in_four_bits(spec: ex.Model, device: torch.device, family: Family | None) -> dict[str, Any]:
+def _too_large(name: str, device: torch.device) -> FedllmError:
+    return FedllmError(
+        f"model.name = {name!r}: does not fit into the memory of {device}; a smaller model, "
+        "model.quantization = 'nf4' or model.device = 'cpu' may"
+    )
+
+
+def _in_four_bits(spec: ex.Model, shapes: Any) -> dict[str, Any]:
     """
     What ``from_pretrained`` needs for a base in 4 bits; heads stay whole.
 
+    It is quantized on the CPU wherever it will compute, so that all sites have the same bits.
     Raises FedllmError where the library for it is missing.
     """
     from transformers import BitsAndBytesConfig
@@ -324,10 +346,32 @@ def _in_four_bits(spec: ex.Model, device: torch.device, family: Family | None) -
             f"model.quantization = {spec.quantization!r}: needs bitsandbytes; "
             "pip install 'fedllm[qlora]'"
         )
-    whole = ["lm_head", "score", "classifier", *([family.head] if family else [])]
+    output = shapes.get_output_embeddings()
+    whole = {name for name, module in shapes.named_modules() if module is output and name}
+    whole |= {name.rpartition(".")[0] for name in head_names(shapes)}
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=spec.quantization, bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if spec.precision == "bf16" else torch.float32,
-        llm_int8_skip_modules=whole,
+        llm_int8_skip_modules=sorted({"lm_head", *whole}),
     )  # fmt: skip
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": config, "device_map": {"": "cpu"}}
+
+
+def _mend(model: Any) -> None:
+    """
+    Make of a base in 4 bits what nothing changes any more.
+
+    A layer that the weights on disk lack is drawn anew and was not quantized: it becomes a plain
+    one. A bias gets the precision to which bitsandbytes would cast it, for good, in its first pass.
+    """
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ != "Linear4bit" or hasattr(module, "lora_A"):
+            continue
+        if getattr(module.weight, "quant_state", None) is None:
+            plain = torch.nn.Linear(1, 1, bias=False)
+            plain.in_features, plain.out_features = module.in_features, module.out_features
+            plain.weight = torch.nn.Parameter(module.weight.data.float(), requires_grad=False)
+            plain.bias = module.bias
+            model.set_submodule(name, plain)
+        elif module.bias is not None:
+            module.bias.data = module.bias.data.to(module.compute_dtype)

@@ -15,7 +15,7 @@ from fedllm.models.loading import LanguageModel
 from fedllm.report.tables import amount, size
 from fedllm.round import Federation
 from fedllm.summary import variant
-from fedllm.training.cohort import Tasked
+from fedllm.training.jobs import Tasked
 from fedllm.training.meter import Meter, clock_of
 
 
@@ -25,7 +25,8 @@ def _size(examples: Examples) -> ClientSize:
 
 def _speed(federation_: Federation) -> tuple[float, int, float]:
     """(FLOP/s, peak bytes, FLOPs a token) of training, from three real steps of one client."""
-    from fedllm.training.cohort import Fit, alone
+    from fedllm.training.cohort import alone
+    from fedllm.training.jobs import Fit
     from fedllm.training.learner import Span
     from fedllm.training.objectives import cross_entropy
 
@@ -48,7 +49,6 @@ def _speed(federation_: Federation) -> tuple[float, int, float]:
             tokens.append(cost.tokens - seen)
 
     alone(steps())
-    # the first ones also ran what is computed once for each row
     rates = [f / s for f, s in zip(flops[number:], seconds[number:], strict=True)]
     per_token = sum(flops[number:]) / sum(tokens[number:])
     return float(np.median(rates)), cost.peak_memory, per_token
@@ -62,7 +62,8 @@ def look(experiment: ex.Experiment) -> dict[str, Any]:
     """
     seed = experiment.seeds[0]
     prepared = federation.prepare(experiment, seed)
-    built = federation.check(experiment, seed, prepared)
+    anew = experiment.model.model_copy(update={"cache": False})
+    built = federation.check(experiment.replace(model=anew), seed, prepared)
     model = next(iter(built.worker.sites.values())).model
     speed, memory, per_token = _speed(built)
     sizes = {name: _size(data.train) for name, data in prepared.clients.items()}
@@ -82,6 +83,12 @@ def look(experiment: ex.Experiment) -> dict[str, Any]:
         central = part.strategy.kind == "centralized"
         whose, count = (everybody, 1) if central else (mean, len(sizes))
         rows.append(_line(one, model, whose, public, count, per_token, speed))
+    notes = list(prepared.notes)
+    if model.untouched and experiment.model.cache:
+        notes.append(
+            f"{model.untouched} of {model.blocks} blocks are below everything that is trained: "
+            "they run once for each row, so FLOPs and seconds will be lower than said here"
+        )
     labels = f"{len(prepared.labels)} labels" if prepared.labels else "no labels"
     train = [s.rows for s in sizes.values()]
     tests = [len(data.test) for data in prepared.clients.values()]
@@ -109,7 +116,7 @@ def look(experiment: ex.Experiment) -> dict[str, Any]:
         "header": ["run", "up", "down", "FLOPs", "seconds (all clients and server, whole run)"],
         "rows": rows,
         "caption": "payload by formula; FLOPs and time from three measured steps; evaluation apart",
-        "notes": list(prepared.notes),
+        "notes": notes,
     }
 
 

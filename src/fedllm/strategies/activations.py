@@ -31,7 +31,8 @@ from fedllm.models.inputs import Inputs, beside
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks
 from fedllm.training.batches import Batch
-from fedllm.training.cohort import Backward, Forward, Half, Passed, Tasked, work
+from fedllm.training.cohort import work
+from fedllm.training.jobs import Backward, Forward, Half, Passed, Tasked
 from fedllm.training.known import known
 from fedllm.training.learner import Learner, Span
 from fedllm.training.meter import held_bytes
@@ -459,10 +460,9 @@ class Activations:
                         mine, self.setup.training, optimizer, device=self.model.device
                     )
                     halves[name] = Half(self.model, core, learner, site.meter)
-            below = self._below(site)
-            if below is not None:  # the blocks that ran once are still there
+            if self._below(site) is not None:  # the blocks that ran once are still there
                 apart = self.model.part("client", self.begin)
-                halves["client"].beside = held_bytes(apart) + below.bytes
+                halves["client"].beside = held_bytes(apart) + sum(site.meter.held.values())
             site.live["halves"] = halves
         return dict(site.live["halves"])
 

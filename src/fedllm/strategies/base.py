@@ -15,7 +15,7 @@ from fedllm.exchange import Exchange
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.states import States
-from fedllm.training.cohort import Fit, Tasked, Trained
+from fedllm.training.jobs import Fit, Tasked, Trained
 from fedllm.training.learner import Plan, Span
 from fedllm.training.meter import Meter
 from fedllm.training.objectives import cross_entropy
@@ -116,7 +116,7 @@ class Site:
 
 
 Tasks = Mapping[str, Callable[[Site, Message], Message | Tasked[Message]]]
-"""A client's answers by task; those that train or infer yield jobs (``training.cohort``)."""
+"""A client's answers by task; those that train or infer yield jobs (``training.jobs``)."""
 
 
 class Strategy(Protocol):

@@ -13,7 +13,7 @@ from fedllm.exchange import Exchange
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss
-from fedllm.training.cohort import Tasked
+from fedllm.training.jobs import Tasked
 
 
 class Standalone:

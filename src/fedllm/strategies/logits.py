@@ -21,8 +21,9 @@ from fedllm.exchange import Exchange
 from fedllm.message import Fact, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
-from fedllm.training.cohort import Fit, Tasked, Trained, alone
+from fedllm.training.cohort import alone
 from fedllm.training.evaluate import logits_of
+from fedllm.training.jobs import Fit, Tasked, Trained
 from fedllm.training.learner import Plan, Span
 from fedllm.training.meter import Meter
 from fedllm.training.objectives import Distillation

@@ -14,7 +14,7 @@ from fedllm.exchange import Exchange
 from fedllm.message import Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
-from fedllm.training.cohort import Tasked
+from fedllm.training.jobs import Tasked
 
 
 class Parameters:

@@ -15,7 +15,7 @@ from fedllm.data.examples import Examples
 from fedllm.models.inputs import Inputs
 from fedllm.models.loading import LanguageModel
 from fedllm.training.batches import Batch
-from fedllm.training.cohort import Infer, Tasked
+from fedllm.training.jobs import Infer, Tasked
 from fedllm.training.meter import Meter
 
 Metrics = dict[str, Any]

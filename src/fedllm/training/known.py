@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,79 +12,105 @@ from fedllm.data.examples import Examples
 from fedllm.models.frozen import Known
 from fedllm.models.loading import LanguageModel
 from fedllm.training.batches import batches
-from fedllm.training.meter import Member, Meter, held_bytes, passing
+from fedllm.training.meter import LiveBytes, Meter, held_bytes
 
-ROWS = 64  # of one pass
 FLOAT = 4
+PAID = "paid."
 
 
 def known(
     model: LanguageModel, begin: int, examples: Examples, meter: Meter, step: str
 ) -> Known | None:
     """
-    Hidden states of the examples after ``begin`` blocks; None where nothing is remembered.
+    Hidden states of the examples after ``begin`` blocks; None where they are not remembered.
 
     Rows meet in an order that depends on the set alone, so that a resumed run finds the same
     bits. Whoever uses a set for the first time is charged what it costs to run it, also where
     somebody beside has done so already: on a machine of its own it would have to.
     """
-    if not begin:
-        return None
     whole, rows = examples.origin or (examples, None)
-    key = (whole.content, begin)
+    if not begin or whole.content not in model.frozen.wanted:
+        return None
     sets = model.frozen.sets
+    key = (whole.content, begin)
     if key not in sets:
         sets[key] = _run(model, begin, whole, meter)
     found = sets[key]
-    if key not in meter.paid:
-        meter.paid.add(key)
+    name = f"{model.name} {begin} {whole.content[:16]}"
+    meter.held[name] = found.bytes
+    if name not in meter.paid:
+        meter.paid.add(name)
         cost = meter.cost(step)
         cost.flops += found.flops
         cost.seconds += found.seconds
-        cost.peak_memory = max(cost.peak_memory, found.peak_memory)
+        cost.peak_memory = max(cost.peak_memory, found.peak_memory + sum(meter.held.values()))
     return found if rows is None else found.take(rows)
 
 
 @torch.no_grad()
 def _run(model: LanguageModel, begin: int, examples: Examples, meter: Meter) -> Known:
     core = model.part("client", begin)
-    device = str(model.device)
-    held = held_bytes(core)
-    own = Meter(meter.measured, clock=meter.clock)
-    cost = own.cost("known")
+    device = model.device
     ends = np.cumsum(examples.lengths)
-    states = torch.empty(0)
-    for batch in batches(examples, ROWS, "bucket", None, 0, device):
-        with passing(core, "forward", [Member(own, cost, batch, held)], None):
-            hidden = core.apply_to({}, batch.inputs)
-        if not len(states):
-            states = hidden.new_empty((int(ends[-1]), hidden.shape[-1]))
-        hidden = hidden[batch.inputs.real()]
+    states = torch.empty((int(ends[-1]), model.width), device=device)
+    flops, seconds = 0, 0.0
+    batch = None
+    for batch in batches(examples, model.frozen.rows, "bucket", None, 0, str(device)):
+        start = meter.clock()
+        hidden = core.apply_to({}, batch.inputs)[batch.inputs.real()]
         sizes = examples.lengths[batch.row_numbers]
         within = np.arange(len(hidden)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         places = np.repeat(ends[batch.row_numbers] - sizes, sizes) + within
-        states[torch.from_numpy(places).to(states.device)] = hidden
-        cost.flops += own.flops(model, core, batch, backward=False)
-    size = states.numel() * states.element_size()
-    return Known(
-        states, ends, flops=cost.flops, seconds=cost.seconds, peak_memory=cost.peak_memory + size
-    )
+        states[torch.from_numpy(places).to(device)] = hidden
+        seconds += meter.clock() - start
+        flops += meter.flops(model, core, batch, backward=False)
+    assert batch is not None
+    with LiveBytes(device) as live:  # of the longest rows, which come last; charged to nobody
+        core.apply_to({}, batch.inputs)
+    peak = held_bytes(model.whole) + live.peak
+    return Known(states, ends, flops=flops, seconds=seconds, peak_memory=peak)
 
 
-def remember(model: LanguageModel, sets: Iterable[Examples | None], limit: int) -> str:
+@dataclass(frozen=True)
+class Use:
+    """A set that a model will see, and how many of its rows it is shown in all of the run."""
+
+    examples: Examples
+    shown: int
+
+
+def remember(models: Sequence[tuple[LanguageModel, Sequence[Use]]], rows: int, limit: int) -> str:
     """
-    Have ``model`` keep the hidden states of these sets, if any blocks never change.
+    Have each model keep the hidden states of its sets, if any of its blocks never change.
 
-    limit: bytes. Returns a remark for the user where they do not fit: then nothing is kept.
+    A set of which fewer rows are shown than it has is not worth running as a whole. rows: of one
+    pass.  limit: bytes, for all models together. Returns a remark for the user where the states
+    do not fit: then nothing is kept.
     """
-    if not model.untouched:
-        return ""
-    tokens = {examples.content: examples.tokens for examples in sets if examples is not None}
-    size = sum(tokens.values()) * model.width * FLOAT
+    wanted: dict[int, dict[str, int]] = {}
+    for model, uses in models:
+        mine = wanted.setdefault(id(model), {})
+        if model.untouched:
+            for use in uses:
+                if use.shown >= len(use.examples) > 0:
+                    mine[use.examples.content] = use.examples.tokens * model.width * FLOAT
+    size = sum(sum(mine.values()) for mine in wanted.values())
     if size > limit:
         return (
-            f"hidden states of the {model.untouched} blocks that nobody trains are not kept: "
-            f"they take {size / 1e9:.1f} GB, a quarter of the memory is {limit / 1e9:.1f} GB"
+            "hidden states of blocks that nobody trains are computed anew each time: they take "
+            f"{size / 1e9:.1f} GB, a quarter of the memory is {limit / 1e9:.1f} GB"
         )
-    model.frozen.begin = model.untouched
+    for model, _ in models:
+        model.frozen.begin, model.frozen.rows = model.untouched, rows
+        model.frozen.wanted = frozenset(wanted[id(model)])
     return ""
+
+
+def restore_paid(meter: Meter, facts: Mapping[str, object]) -> None:
+    """What was paid for, as ``paid`` wrote it down."""
+    meter.paid = {name.removeprefix(PAID) for name in facts if name.startswith(PAID)}
+
+
+def paid(meter: Meter) -> dict[str, int]:
+    """What was paid for, to be kept with the state of whoever did."""
+    return {f"{PAID}{name}": 1 for name in sorted(meter.paid)}

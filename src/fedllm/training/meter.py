@@ -121,7 +121,8 @@ class Meter:
     ) -> None:  # fmt: skip
         """``tick`` hears of every batch's rows, for a progress bar.  clock: seconds."""
         self.steps: dict[str, Cost] = {}
-        self.paid: set[tuple[str, int]] = set()  # frozen passes (``training.known``)
+        self.paid: set[str] = set()  # what ran once for this one (``training.known``)
+        self.held: dict[str, int] = {}  # bytes that it keeps of that
         self.measured = measured or Measured()
         self.tick = tick or (lambda rows: None)
         self.clock = clock

@@ -1,0 +1,133 @@
+"""What a client's or the server's half of a strategy may ask to have done for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from fedllm import experiment as ex
+from fedllm.data.examples import Examples
+from fedllm.models.core import Core
+from fedllm.models.loading import LanguageModel
+from fedllm.training.batches import Batch
+from fedllm.training.learner import Learner, Plan, Span
+from fedllm.training.meter import Meter, held_bytes
+from fedllm.training.objectives import Objective
+
+R = TypeVar("R")
+
+
+@dataclass(eq=False)
+class Fit:
+    """
+    Train a copy of the tunables on batches ``first`` to ``last`` - 1 of the plan (a2, b1, b5, b8).
+
+    step: of the paper, to be charged.  optimizer: the state to continue from; None: afresh.
+    rate: other than the training's.  The result is ``Trained``.
+    """
+
+    model: LanguageModel
+    tunables: Mapping[str, Tensor]
+    plan: Plan
+    objective: Objective
+    training: ex.Training
+    first: int
+    last: int
+    span: Span
+    meter: Meter
+    step: str
+    optimizer: dict[str, Tensor] | None = None
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a stretch of local training gives back."""
+
+    values: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    loss: float
+    steps: int
+
+
+@dataclass(eq=False)
+class Infer:
+    """Logits of all examples, batch by batch, handed to ``take``; without gradients."""
+
+    model: LanguageModel
+    tunables: Mapping[str, Tensor]
+    examples: Examples
+    size: int
+    meter: Meter
+    step: str
+    take: Callable[[Batch, Tensor], None]
+
+
+@dataclass(eq=False)
+class Half:
+    """
+    One side's part of the model in training.
+
+    beside: bytes of further halves that the same side holds.
+    """
+
+    model: LanguageModel
+    core: Core
+    learner: Learner
+    meter: Meter
+    beside: int = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of weights, optimizer and what lies beside."""
+        return held_bytes(self.core) + self.learner.reserved + self.beside
+
+
+@dataclass(eq=False)
+class Forward:
+    """Run a half, keeping the graph. The result is ``Passed``."""
+
+    half: Half
+    batch: Batch
+    purpose: tuple[object, ...]
+    step: str
+    kind: str = "train"
+
+
+@dataclass(eq=False)
+class Passed:
+    """The output of a half that waits for its gradient."""
+
+    job: Forward
+    out: Tensor
+    inputs: Tensor  # what the pass started from: a leaf where the input wants a gradient
+    waiting: set[int]  # slots of the pass without gradient yet
+    slot: int
+    slots: int  # of the pass
+
+
+@dataclass(eq=False)
+class Backward:
+    """
+    Back-propagate into the tunables; with ``goal`` a scalar made of the output, otherwise from
+    the ``gradient`` of the output. The result is the gradient of the input, if it wants one.
+
+    learners: those that take their optimizer's step after it, at this ``progress`` of the
+    experiment.
+    """
+
+    passed: Passed
+    step: str
+    gradient: Tensor | None = None
+    goal: Tensor | None = None
+    learners: tuple[Learner, ...] = ()
+    progress: float = 0.0
+
+
+Job = Fit | Infer | Forward | Backward
+
+Tasked = Generator[Job, Any, R]
+"""Somebody's work: yields jobs, is sent their results, returns what it found out."""

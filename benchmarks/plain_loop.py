@@ -14,6 +14,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,29 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
+def fine_tune(
+    model: Any, start: Mapping[str, torch.Tensor], examples: Any, rows: list[int],
+    training: ex.Training, pad_to: int | None = None,
+) -> None:  # fmt: skip
+    """
+    One client's round: from ``start`` once through its rows in this order, in batches.
+
+    pad_to: how long every batch is made; None: as its longest row.
+    """
+    for name, parameter in trained(model).items():
+        parameter.data.copy_(start[name])
+    optimizer = torch.optim.Adam(trained(model).values(), lr=training.rate)
+    model.train()
+    for first in range(0, len(rows), training.batch_size):
+        x, mask, y = padded(examples, rows[first : first + training.batch_size])
+        if pad_to is not None:
+            x = F.pad(x, (0, pad_to - x.shape[1]))
+            mask = F.pad(mask, (0, pad_to - mask.shape[1]))
+        F.cross_entropy(model(input_ids=x, attention_mask=mask).logits, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def losses(spec: ex.Experiment) -> float:
     """Largest difference of the loss over 20 steps on identical batches."""
     tunables = spec.tunables.model_copy(update={"dropout": 0.0})
@@ -105,21 +129,12 @@ def plain_fedavg(spec: ex.Experiment, prepared: Prepared, seed: int) -> tuple[fl
     shared = {n: p.detach().clone() for n, p in trained(model).items()}
     shuffle = random.Random(seed)
     start = time.perf_counter()
-    size = spec.training.batch_size
     for _ in range(ROUNDS):
         updates, weights = [], []
         for data in prepared.clients.values():
-            for name, parameter in trained(model).items():
-                parameter.data.copy_(shared[name])
-            optimizer = torch.optim.Adam(trained(model).values(), lr=spec.training.rate)
-            model.train()
             rows = list(range(len(data.train)))
             shuffle.shuffle(rows)
-            for first in range(0, len(rows), size):
-                x, mask, y = padded(data.train, rows[first : first + size])
-                F.cross_entropy(model(input_ids=x, attention_mask=mask).logits, y).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            fine_tune(model, shared, data.train, rows, spec.training)
             updates.append({n: p.detach().clone() for n, p in trained(model).items()})
             weights.append(len(rows))
         total = sum(weights)

@@ -39,7 +39,7 @@ from fedllm.strategies import ServerState
 
 SHARED = Path(os.environ.get("FEDLLM_SHARED", plain_loop.FILE.parents[2] / "shared"))
 Side = Callable[[], float]
-PARTS = ["banking", "strategies", "threads", "gpt2", "stories", "accelerator", "clients"]
+PARTS = ["banking", "strategies", "threads", "gpt2", "stories", "accelerator", "clients", "flower"]
 
 
 class Ours:
@@ -86,20 +86,8 @@ def plain(spec: ex.Experiment, prepared: Prepared, pad_to: int | None) -> Side:
     def one() -> float:
         start = time.perf_counter()
         for data in prepared.clients.values():
-            for name, parameter in plain_loop.trained(model).items():
-                parameter.data.copy_(shared[name])
-            optimizer = torch.optim.Adam(plain_loop.trained(model).values(), lr=spec.training.rate)
-            model.train()
             rows = shuffle.permutation(len(data.train)).tolist()
-            for first in range(0, len(rows), spec.training.batch_size):
-                batch = rows[first : first + spec.training.batch_size]
-                x, mask, y = plain_loop.padded(data.train, batch)
-                if pad_to is not None:
-                    x = F.pad(x, (0, pad_to - x.shape[1]))
-                    mask = F.pad(mask, (0, pad_to - mask.shape[1]))
-                F.cross_entropy(model(input_ids=x, attention_mask=mask).logits, y).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            plain_loop.fine_tune(model, shared, data.train, rows, spec.training, pad_to)
         return time.perf_counter() - start
 
     return one
@@ -162,9 +150,9 @@ def bare(spec: ex.Experiment, prepared: Prepared) -> Side:
     return one
 
 
-def interleaved(sides: dict[str, Side], times: int) -> dict[str, list[float]]:
-    """Every side once to warm up, then in turn."""
-    for side in sides.values():
+def interleaved(sides: dict[str, Side], times: int, warm: bool = True) -> dict[str, list[float]]:
+    """Every side in turn, after once to warm up."""
+    for side in sides.values() if warm else ():
         side()
     found: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(times):
@@ -287,6 +275,19 @@ def hundred(base: Path, times: int, **model: Any) -> dict[str, list[float]]:
     return interleaved(sides, times)
 
 
+def flower(examples: int, times: int) -> dict[str, list[float]]:
+    """Whole commands of three rounds: ours, and the plain loop in Flower's simulation."""
+    import flower_simulation
+
+    spec = banking(examples, evaluation=ex.Evaluation(every=0))
+    clients = spec.simulation.clients  # one test row each: evaluation cannot be left out
+    simulation = spec.simulation.model_copy(update={"test_examples": clients})
+    spec = spec.replace(rounds=plain_loop.ROUNDS, public=ex.Public(), simulation=simulation)
+    with tempfile.TemporaryDirectory() as name:
+        sides = flower_simulation.commands(spec, Path(name))
+        return interleaved(sides, times, warm=False)
+
+
 def table(found: dict[str, list[float]], against: str) -> list[str]:
     """Medians, spread, and how many times as long each side takes as ``against``."""
     base = statistics.median(found[against])
@@ -332,8 +333,12 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--examples", type=int, default=320, help="rows a client on Banking77")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument(
+        "--flower-examples", type=int, default=1667, help="rows a client beside Flower"
+    )
     parser.add_argument("--only", nargs="*", help=f"of {', '.join(PARTS)}")
     arguments = parser.parse_args()
+    installed = all(map(importlib.util.find_spec, ("flwr", "ray")))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     wanted = arguments.only or PARTS
@@ -411,7 +416,14 @@ def main() -> None:
                  f"peak resident memory {many['peak'] / 1e6:.0f} MB against "
                  f"{few['peak'] / 1e6:.0f} MB: {many['peak'] / few['peak']:.3f}x; ready after "
                  f"{many['ready']:.1f} s against {few['ready']:.1f} s"]  # fmt: skip
-    if not importlib.util.find_spec("flwr"):
+    if "flower" in wanted and installed:
+        found = flower(arguments.flower_examples, arguments.times)
+        text += ["", f"## The whole command of {plain_loop.ROUNDS} rounds: 3 clients x "
+                 f"{arguments.flower_examples}, MiniLM, LoRA r = 8, batch 16", "",
+                 *table(found, "ours"), "",
+                 "Flower's clients run the plain loop, padded to the longest, one thread each.",
+                 ]  # fmt: skip
+    elif "flower" in wanted:
         text += ["", "Flower is not installed here (`pip install fedllm[flower]`): not compared."]
     print("\n".join(text))
     if arguments.out:

@@ -424,7 +424,7 @@ def main() -> None:
                  "Flower's clients run the plain loop, padded to the longest, one thread each.",
                  ]  # fmt: skip
     elif "flower" in wanted:
-        text += ["", "Flower is not installed here (`pip install fedllm[flower]`): not compared."]
+        text += ["", "Flower is not installed here (`pip install fedllm[bench]`): not compared."]
     print("\n".join(text))
     if arguments.out:
         arguments.out.write_text("\n".join(text) + "\n")

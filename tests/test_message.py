@@ -1,5 +1,7 @@
 import json
 import struct
+import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from fedllm.codecs import CODECS
 from fedllm.errors import FedllmError
 from fedllm.exchange import decode, encode
-from fedllm.message import MAGIC, Message, Role, pack, payload_bytes, unpack
+from fedllm.message import MAGIC, MAX_HEADER, START, Message, Role, pack, payload_bytes, unpack
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1, max_size=12)
 tensors = st.dictionaries(
@@ -39,9 +41,15 @@ def test_what_is_packed_comes_out(
     assert sum(payload_bytes(wire).values()) <= len(frame)
 
 
+def framed(header: bytes, body: bytes = b"") -> bytes:
+    """A frame whose checksum is right, whatever is in it."""
+    rest = struct.pack("<I", len(header)) + header + body
+    return MAGIC + struct.pack("<I", zlib.crc32(rest)) + rest
+
+
 @given(st.binary(max_size=200))
 def test_noise_is_refused(noise: bytes) -> None:
-    for data in (noise, MAGIC + noise, MAGIC + struct.pack("<I", len(noise)) + noise):
+    for data in (noise, MAGIC + noise, framed(noise), framed(noise, b"x" * 9)):
         with pytest.raises(FedllmError):
             unpack(data)
 
@@ -50,14 +58,11 @@ FRAME = pack(Message("a1", tensors={"w": torch.arange(6.0)}, roles={"w": Role.PA
 
 
 @given(place=st.integers(0, len(FRAME) - 1), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_refused_or_harmless(place: int, bit: int) -> None:
+def test_a_flipped_bit_is_refused(place: int, bit: int) -> None:
     data = bytearray(FRAME)
     data[place] ^= 1 << bit
-    try:
-        found, _ = unpack(bytes(data))
-    except FedllmError:
-        return
-    assert torch.equal(next(iter(found.tensors.values())), torch.arange(6.0))
+    with pytest.raises(FedllmError, match="frame"):
+        unpack(bytes(data))
 
 
 @given(st.integers(0, len(FRAME) - 1))
@@ -66,13 +71,61 @@ def test_a_truncated_frame_is_refused(length: int) -> None:
         unpack(FRAME[:length])
 
 
+def opened() -> tuple[dict[str, Any], bytes]:
+    """Header and body of the frame above."""
+    (size,) = struct.unpack("<I", FRAME[8:START])
+    return json.loads(FRAME[START : START + size]), FRAME[START + size :]
+
+
 def test_another_version_is_refused() -> None:
-    (size,) = struct.unpack("<I", FRAME[4:8])
-    header = json.loads(FRAME[8 : 8 + size])
-    header["version"] = 2
-    text = json.dumps(header).encode()
-    with pytest.raises(FedllmError, match="version 1"):
-        unpack(MAGIC + struct.pack("<I", len(text)) + text + FRAME[8 + size :])
+    header, body = opened()
+    with pytest.raises(FedllmError, match="version 2"):
+        unpack(framed(json.dumps({**header, "version": 3}).encode(), body))
+    with pytest.raises(FedllmError, match="of this version"):
+        unpack(b"FLM1" + FRAME[4:])
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@given(key=st.sampled_from(sorted(opened()[0])), value=values)
+def test_whatever_a_header_says_is_a_message_or_refused(key: str, value: Any) -> None:
+    header, body = opened()
+    try:
+        found, codecs = unpack(framed(json.dumps({**header, key: value}).encode(), body))
+    except FedllmError:
+        return
+    assert torch.equal(found.tensors["w"], torch.arange(6.0))
+    assert all(isinstance(fact, int | float | str) for fact in found.facts.values())
+    assert all(isinstance(codec, str) for codec in codecs.values())
+
+
+@given(st.binary(max_size=80))
+def test_whatever_a_body_holds_is_tensors_or_refused(body: bytes) -> None:
+    header, _ = opened()
+    with pytest.raises(FedllmError):
+        unpack(framed(json.dumps({**header, "body": len(body)}).encode(), body))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[" * 10**6, b'{"version":2,"facts":' + b'{"a":' * 10**5, b'{"version":2,"round":1e999}',
+     b'{"version":2,"body":' + b"9" * 5000 + b"}"],
+    ids=["deep list", "deep facts", "infinite round", "long number"],
+)  # fmt: skip
+def test_a_hostile_header_is_refused(header: bytes) -> None:
+    with pytest.raises(FedllmError, match="frame"):
+        unpack(framed(header))
+
+
+def test_a_header_larger_than_any_is_refused_unread() -> None:
+    rest = struct.pack("<I", MAX_HEADER + 1) + b" " * (MAX_HEADER + 1)
+    with pytest.raises(FedllmError, match="does not fit"):
+        unpack(MAGIC + struct.pack("<I", zlib.crc32(rest)) + rest)
 
 
 def test_a_tensor_without_a_role_cannot_leave() -> None:

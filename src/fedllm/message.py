@@ -1,8 +1,9 @@
 """
 The one wire format: a Message, and the Frame (bytes) that carries it. Never pickle.
 
-Frame layout: ``FLM1`` | header length (u32, little endian) | header (JSON) | safetensors body.
-The header holds what the body is not: who, which round and step, roles, codecs, facts, checksum.
+Frame layout: ``FLM2`` | CRC-32 of all that follows | header length (both u32, little endian) |
+header (JSON) | safetensors body. The header holds what the body is not: who, which round and step,
+roles, codecs, facts.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from fedllm.errors import FedllmError
 
-MAGIC = b"FLM1"
-VERSION = 1
+MAGIC = b"FLM2"
+VERSION = 2
 MAX_HEADER = 16 * 2**20
+START = 12  # bytes before the header
 Fact = int | float | str
 
 
@@ -95,41 +97,48 @@ def pack(message: Message, codecs: dict[str, str] | None = None) -> bytes:
             "codecs": codecs or {},
             "facts": message.facts,
             "body": len(body),
-            "checksum": zlib.crc32(body),
         },
         separators=(",", ":"),
     ).encode()
-    return MAGIC + struct.pack("<I", len(header)) + header + body
+    rest = struct.pack("<I", len(header)) + header
+    return MAGIC + struct.pack("<I", zlib.crc32(body, zlib.crc32(rest))) + rest + body
 
 
 def unpack(frame: bytes) -> tuple[Message, dict[str, str]]:
     """
     Frame -> (message, codec of each tensor).
 
-    Raises FedllmError for anything that is not a whole, intact frame of this version.
+    Sizes and checksum are looked at before anything is read. Raises FedllmError for anything that
+    is not a whole, intact frame of this version.
     """
-    if len(frame) < 8 or frame[:4] != MAGIC:
-        raise FedllmError("frame: not a fedllm frame (wrong first bytes or truncated)")
-    (size,) = struct.unpack("<I", frame[4:8])
-    if size > MAX_HEADER or 8 + size > len(frame):
+    if len(frame) < START or frame[:4] != MAGIC:
+        raise FedllmError("frame: not a fedllm frame of this version, or truncated")
+    checksum, size = struct.unpack("<II", frame[4:START])
+    if size > MAX_HEADER or START + size > len(frame):
         raise FedllmError(f"frame: header of {size} bytes does not fit a frame of {len(frame)}")
+    if zlib.crc32(memoryview(frame)[8:]) != checksum:
+        raise FedllmError("frame: truncated or damaged (checksum differs)")
     try:
-        header = json.loads(frame[8 : 8 + size])
+        header = json.loads(frame[START : START + size])
         if not isinstance(header, dict) or header.get("version") != VERSION:
             raise FedllmError(f"frame: version {VERSION} expected")
-        body = frame[8 + size :]
-        if len(body) != header["body"] or zlib.crc32(body) != header["checksum"]:
-            raise FedllmError("frame: body is truncated or damaged (checksum differs)")
+        body = frame[START + size :]
+        if len(body) != header["body"]:
+            raise FedllmError("frame: truncated body")
+        facts = header["facts"]
+        if not all(isinstance(value, int | float | str) for value in facts.values()):
+            raise FedllmError("frame: a fact that is neither number nor text")
         tensors = safetensors.torch.load(body)
         roles = {str(name): Role(role) for name, role in header["roles"].items()}
         if set(roles) != set(tensors):
             raise FedllmError("frame: names of tensors and roles differ")
+        codecs = {str(name): str(codec) for name, codec in header["codecs"].items()}
         message = Message(
             step=str(header["step"]),
             task=str(header["task"]),
             tensors=tensors,
             roles=roles,
-            facts=dict(header["facts"]),
+            facts=facts,
             client=str(header["client"]),
             id=str(header["id"]),
             attempt=int(header["attempt"]),
@@ -137,10 +146,13 @@ def unpack(frame: bytes) -> tuple[Message, dict[str, str]]:
             round=int(header["round"]),
             base=str(header["base"]),
         )
-        return message, dict(header["codecs"])
+        return message, codecs
     except FedllmError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+        safetensors.SafetensorError,
+    ) as error:  # fmt: skip
         raise FedllmError(f"frame: malformed ({type(error).__name__}: {error})") from None
 
 

@@ -1,0 +1,133 @@
+"""Keys and certificates of a federation, through the library ``cryptography``."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedllm.errors import FedllmError
+
+DAYS = 365
+
+
+@dataclass(frozen=True)
+class Authority:
+    """Who says which certificates a federation trusts; PEM."""
+
+    certificate: bytes
+    key: bytes
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _named(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _signed(builder: x509.CertificateBuilder, days: int, key: Any) -> bytes:
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        builder.serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(minutes=5))  # clocks differ
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .sign(key, hashes.SHA384())
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def authority(name: str, days: int = 10 * DAYS) -> Authority:
+    """A new authority with a self-signed certificate."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    usage = x509.KeyUsage(
+        digital_signature=False, content_commitment=False, key_encipherment=False,
+        data_encipherment=False, key_agreement=False, key_cert_sign=True, crl_sign=True,
+        encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(_named(name))
+        .issuer_name(_named(name))
+        .public_key(key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+    )
+    return Authority(_signed(builder, days, key), _pem(key))
+
+
+def request(name: str, hosts: Sequence[str]) -> tuple[bytes, bytes]:
+    """
+    A new private key, and the request for a certificate of it; PEM.
+
+    hosts: names and addresses under which it will be reached (a server's).
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    builder = x509.CertificateSigningRequestBuilder().subject_name(_named(name))
+    if hosts:
+        names = x509.SubjectAlternativeName([_host(host) for host in hosts])
+        builder = builder.add_extension(names, critical=False)
+    asked = builder.sign(key, hashes.SHA384())
+    return _pem(key), asked.public_bytes(serialization.Encoding.PEM)
+
+
+def _host(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def issue(authority: Authority, asked: bytes, days: int = DAYS) -> bytes:
+    """
+    A certificate for what a request asks, for servers and clients alike.
+
+    Raises FedllmError for a request that is none, or not of its own key.
+    """
+    try:
+        wanted = x509.load_pem_x509_csr(asked)
+    except ValueError as error:
+        raise FedllmError(f"certificate request: cannot be read ({error})") from None
+    if not wanted.is_signature_valid:
+        raise FedllmError("certificate request: not signed with its own key")
+    issuer = x509.load_pem_x509_certificate(authority.certificate)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(wanted.subject)
+        .issuer_name(issuer.subject)
+        .public_key(wanted.public_key())
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(
+            x509.ExtendedKeyUsage(
+                [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+            ),
+            critical=False,
+        )
+    )
+    for extension in wanted.extensions:  # of what it asks, its names and nothing else
+        if isinstance(extension.value, x509.SubjectAlternativeName):
+            builder = builder.add_extension(extension.value, critical=False)
+    key = serialization.load_pem_private_key(authority.key, None)
+    return _signed(builder, days, key)
+
+
+def write(path: Path, data: bytes, private: bool = False) -> None:
+    """Write a file whole or not at all; a private one for its owner alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o644)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+    os.replace(aside, path)

@@ -408,7 +408,9 @@ def _save_models(federation: Federation, end: Committed, folder: Path) -> Langua
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
+    with aside.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
     os.replace(aside, path)
 
 

@@ -50,7 +50,7 @@ def plain_model(spec: ex.Experiment, labels: int, seed: int) -> Any:
 
 def padded(examples: Any, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A batch padded to its longest row."""
-    ids = [torch.from_numpy(examples.ids[row]) for row in rows]
+    ids = [torch.from_numpy(examples.row(row)) for row in rows]
     x = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     lengths = torch.tensor([len(row) for row in ids])
     mask = (torch.arange(x.shape[1]) < lengths[:, None]).long()
@@ -148,7 +148,7 @@ def plain_fedavg(spec: ex.Experiment, prepared: Prepared, seed: int) -> tuple[fl
     right = count = 0
     with torch.no_grad():
         for data in prepared.clients.values():
-            order = sorted(range(len(data.test)), key=lambda row: len(data.test.ids[row]))
+            order = sorted(range(len(data.test)), key=lambda row: data.test.lengths[row])
             for first in range(0, len(order), 64):
                 x, mask, y = padded(data.test, order[first : first + 64])
                 right += int((model(input_ids=x, attention_mask=mask).logits.argmax(-1) == y).sum())

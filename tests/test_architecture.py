@@ -9,7 +9,7 @@ import fedllm
 
 SOURCE = Path(fedllm.__file__).parent
 # What each part may import; a part is a folder or a flat file of the package.
-LOW = {"errors", "streams"}
+LOW = {"errors", "flat", "streams"}
 BASE = LOW | {"message", "ledger", "experiment"}
 MODELS = BASE | {"models", "data", "codecs", "transport"}
 TRAINING = MODELS | {"training"}
@@ -19,6 +19,7 @@ ROUND = STRATEGIES | {"worker", "checkpoint", "round", "costs", "summary"}
 FEDERATION = ROUND | {"federation", "report", "compare"}
 ALLOWED = {
     "errors": set(),
+    "flat": LOW,
     "streams": LOW,
     "message": LOW,
     "ledger": LOW,

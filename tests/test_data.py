@@ -1,5 +1,6 @@
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from hypothesis import strategies as st
 from fedllm import experiment as ex
 from fedllm import federation
 from fedllm.data import sources
-from fedllm.data.examples import Encoder
+from fedllm.data.clients import ClientData, Clients
+from fedllm.data.examples import EMPTY, Encoder, Examples, join, packed
 from fedllm.data.partition import by_column, dirichlet, even, iid
 from fedllm.errors import FedllmError
 from fedllm.models.loading import load_tokenizer
+from fedllm.training.batches import collate
 from shared import data, needs_shared
 from small import LLAMA, experiment
 
@@ -97,7 +100,7 @@ def test_windows_predict_every_token_once_and_count_every_byte(text: str, size: 
     if not whole:
         return
     found = encode([{"text": text}], "test")
-    predicted = [int(t) for row, s in zip(found.ids, found.start, strict=True) for t in row[s:]]
+    predicted = [int(t) for i, s in enumerate(found.start) for t in found.row(i)[s:]]
     assert predicted == whole
     assert max(found.lengths) <= size
     assert int(found.utf8.sum()) == len(text.encode())
@@ -114,7 +117,7 @@ def test_loss_is_on_the_response_only() -> None:
     contract = ex.Data(prompt="q", response="a", max_tokens=64)
     row = {"q": "where is my parcel", "a": "it is on its way"}
     found = Encoder(tokenizer, GENERATION, contract, (), 128)([row], "test")
-    answer = tokenizer.decode(found.ids[0][found.start[0] :], skip_special_tokens=True)  # type: ignore[attr-defined]
+    answer = tokenizer.decode(found.row(0)[found.start[0] :], skip_special_tokens=True)  # type: ignore[attr-defined]
     assert answer == row["a"]
     assert int(found.utf8[0]) == len(row["a"])
     all_of_it = ex.Task(kind="generation", response_only=False)
@@ -130,18 +133,73 @@ def test_a_chat_template_is_used() -> None:
     contract = ex.Data(prompt="q", response="a", max_tokens=64)
     task = ex.Task(kind="generation", chat_template=True)
     found = Encoder(tokenizer, task, contract, (), 128)([{"q": "hello", "a": "bye"}], "test")
-    text = tokenizer.decode(found.ids[0])
+    text = tokenizer.decode(found.row(0))
     assert text.startswith("user: hello\nassistant: bye")
-    assert tokenizer.decode(found.ids[0][found.start[0] :]).startswith("bye")
+    assert tokenizer.decode(found.row(0)[found.start[0] :]).startswith("bye")
 
 
 def test_a_long_prompt_loses_its_beginning_not_the_answer() -> None:
     contract = ex.Data(prompt="q", response="a", max_tokens=24)
     row = {"q": "word " * 100, "a": "yes indeed"}
     found = Encoder(_tokenizer(), GENERATION, contract, (), 128)([row], "test")
-    assert len(found.ids[0]) <= 24
-    kept = _tokenizer().decode(found.ids[0][found.start[0] :], skip_special_tokens=True)  # type: ignore[attr-defined]
+    assert len(found.row(0)) <= 24
+    kept = _tokenizer().decode(found.row(0)[found.start[0] :], skip_special_tokens=True)  # type: ignore[attr-defined]
     assert kept == row["a"]
+
+
+@st.composite
+def sets(draw: st.DrawFn) -> tuple[list[list[int]], Examples]:
+    """Rows of tokens, and the same with what generation needs besides."""
+    rows = draw(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1))
+    start = [draw(st.integers(0, len(row) - 1)) + 1 for row in rows]
+    texts = tuple(str(row) for row in rows)
+    extra = (EMPTY, np.array(start), np.arange(len(rows)), texts, texts, 0)
+    return rows, Examples(*packed(rows), *extra, prompt_lengths=tuple(start))
+
+
+@given(made=sets(), data=st.data(), pad_to=st.none() | st.integers(1, 9))
+def test_a_batch_holds_what_its_rows_do(made: Any, data: Any, pad_to: int | None) -> None:
+    """Against a loop over rows and tokens."""
+    ids, examples = made
+    rows = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=5))
+    batch = collate(examples, rows, pad_to)
+    length = max([len(ids[row]) for row in rows] + [pad_to or 0])
+    assert batch.inputs.x.tolist() == [t for r in rows for t in (ids[r] + [0] * length)[:length]]
+    spans = [(i, row, range(examples.start[row], len(ids[row]))) for i, row in enumerate(rows)]
+    assert batch.targets.tolist() == [ids[row][k] for _, row, span in spans for k in span]
+    assert batch.inputs.select is not None
+    assert batch.inputs.select.tolist() == [i * length + k - 1 for i, _, s in spans for k in s]
+    before = [sum(len(ids[j]) - examples.start[j] for j in range(row)) for row in rows]
+    expected = [
+        b + k for b, (_, _, span) in zip(before, spans, strict=True) for k in range(len(span))
+    ]
+    assert batch.places.tolist() == expected
+    assert batch.inputs.packed == all(len(ids[row]) == length for row in rows)
+
+
+def same(one: Examples, other: Examples) -> bool:
+    arrays = ("flat", "ends", "labels", "start", "utf8", "lengths", "targets")
+    rest = ("prompts", "responses", "prompt_lengths", "unknown", "tokens", "content")
+    return all(np.array_equal(getattr(one, n), getattr(other, n)) for n in arrays) and all(
+        getattr(one, n) == getattr(other, n) for n in rest
+    )
+
+
+@given(made=st.lists(st.tuples(sets(), sets()), min_size=1, max_size=4), block=st.integers(1, 3))
+def test_what_is_cut_out_of_a_pool_is_what_was_put_in(made: Any, block: int) -> None:
+    put = {f"c{i}": ClientData(train, test) for i, ((_, train), (_, test)) in enumerate(made)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedllm.data.clients.BLOCK", block)
+        pool = Clients.of(put.items())
+    assert list(pool) == list(put)
+    for name, mine in pool.items():
+        assert same(mine.train, put[name].train)
+        assert same(mine.test, put[name].test)
+        assert np.shares_memory(mine.train.flat, pool.train.flat)
+    rows = [tuple(row) for ((ids, _), _) in made for row in ids]
+    assert [tuple(pool.train.row(i).tolist()) for i in range(len(pool.train))] == rows
+    some = range(0, len(rows), 2)
+    assert same(pool.train.take(some), join([pool.train.part(i, i + 1) for i in some]))
 
 
 def test_hidden_labels_are_not_there() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm import federation, ledger
-from fedllm.data.examples import Examples
+from fedllm.data.examples import Examples, packed
 from fedllm.federation import Silent
 from fedllm.models.frozen import Known
 from fedllm.round import Federation
@@ -186,11 +186,11 @@ def test_a_resumed_run_finds_the_same_bits(tmp_path: Any) -> None:
 
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8), data=st.data())
 def test_rows_are_found_where_they_lie(lengths: list[int], data: Any) -> None:
-    ids = tuple(np.arange(n) + 100 * i for i, n in enumerate(lengths))
+    ids = [[*range(100 * i, 100 * i + n)] for i, n in enumerate(lengths)]
     empty = np.zeros(0, np.int64)
-    examples = Examples(ids, np.zeros(len(ids), np.int64), empty, empty)
-    states = torch.from_numpy(np.concatenate(ids)).float()[:, None].repeat(1, 2)
-    below = Known(states, np.cumsum(lengths))
+    examples = Examples(*packed(ids), np.zeros(len(ids), np.int64), empty, empty)
+    states = torch.from_numpy(examples.flat).float()[:, None].repeat(1, 2)
+    below = Known(states, examples.ends)
     some = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=5))
     rows = data.draw(st.lists(st.integers(0, len(some) - 1), min_size=1, max_size=5))
     part = examples.take(some)

@@ -19,11 +19,10 @@ from fedllm.codecs import CODECS
 from fedllm.errors import FedllmError
 from fedllm.ledger import Ledger, Row
 from fedllm.message import Failure, Message, pack, payload_bytes, unpack
-from fedllm.training.meter import Measured, Meter, costs_of
+from fedllm.training.meter import Listen, Measured, Meter, costs_of
 from fedllm.transport import Transport
 
 Handler = Callable[[dict[str, Message]], dict[str, Message | Failure]]
-Listen = Callable[[str, str, int], None]
 FAILED = "failed"
 
 
@@ -86,7 +85,7 @@ class Exchange:
         self.minimum = minimum
         self.listen = listen or (lambda step, client, rows: None)
         self.round, self.attempt = 0, 0
-        self.meter = Meter(measured, lambda rows: self.listen("", "server", rows), clock)
+        self.meter = Meter(measured, "server", self.listen, clock)
         self._count = 0
 
     def open(self, round: int) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,8 @@ import fedllm
 from fedllm import checkpoint, round
 from fedllm import experiment as ex
 from fedllm.checkpoint import Committed
-from fedllm.data.examples import Encoder, Examples, join
+from fedllm.data.clients import ClientData, Clients
+from fedllm.data.examples import Encoder, Examples
 from fedllm.data.simulation import Division, divide
 from fedllm.errors import FedllmError
 from fedllm.exchange import Endpoint, Exchange
@@ -76,18 +77,10 @@ class Silent:
 
 
 @dataclass(frozen=True)
-class ClientData:
-    """One client's tokenized rows."""
-
-    train: Examples
-    test: Examples
-
-
-@dataclass(frozen=True)
 class Prepared:
     """Data of one seed, tokenized once and used by every part of a comparison."""
 
-    clients: dict[str, ClientData]
+    clients: Clients
     public: Examples | None
     public_labelled: Examples | None
     labels: tuple[str, ...]
@@ -116,17 +109,18 @@ def prepare(
     division = divide(experiment, draft.columns, seed)
     encode = Encoder(tokenizer, experiment.task, experiment.data, division.labels, limit)
     on = experiment.evaluation.on
-    clients = {}
-    for client in list(division.clients):
+
+    def encoded(client: str) -> ClientData:
         rows = division.clients.pop(client)  # text makes room for its tokens
         where = f"client {client!r}"
-        clients[client] = ClientData(encode(rows.train, where), encode(getattr(rows, on), where))
+        return ClientData(encode(rows.train, where), encode(getattr(rows, on), where))
+
+    clients = Clients.of((client, encoded(client)) for client in list(division.clients))
     public, public_labelled = _public(experiment, division, encode)
     notes = []
     if division.dropped:
         notes.append(f"{division.dropped} training rows belong to no client and stay unused")
-    every = [data.test for data in clients.values()]
-    unknown = sum(e.unknown for e in every) / max(sum(e.tokens for e in every), 1)
+    unknown = clients.test.unknown / max(clients.test.tokens, 1)
     if unknown > UNKNOWN_LIMIT:
         notes.append(
             f"{unknown:.1%} of the tokens are unknown to this tokenizer: losses and bits per byte "
@@ -159,14 +153,12 @@ def _public(
 
 def merged(prepared: Prepared, kind: str) -> Prepared:
     """One client instead of many: everybody's rows (``all``) or the public set (``public``)."""
-    data = list(prepared.clients.values())
-    train = join([part.train for part in data])
+    train, test = prepared.clients.train, prepared.clients.test
     if kind == "public":
         if prepared.public_labelled is None:
             raise FedllmError("the public-only bound needs public.labelled = true")
         train = prepared.public_labelled
-    test = join([part.test for part in data])
-    return replace(prepared, clients={kind: ClientData(train, test)})
+    return replace(prepared, clients=Clients(train, test, {kind: (len(train), len(test))}))
 
 
 def assemble(
@@ -211,22 +203,15 @@ def assemble(
     strategy = build(strategy_spec, setup, model, prepared.public)
     exchange_spec = experiment.exchange
     sites = {}
-    states = States()
-    for number, (name, data) in enumerate(prepared.clients.items()):
-
-        def tick(rows: int, client: str = name) -> None:
-            listener.step("", client, rows)
-
-        meter = Meter(prepared.measured, tick, clock_of(model.device))
-        site = Site(
-            name, model, data.train, data.test, setup, meter, prepared.public, states=states
-        )
+    states, listen, clock = States(), listener.step, clock_of(model.device)
+    for number, name in enumerate(prepared.clients):
+        meter = Meter(prepared.measured, name, listen, clock)
+        site = Site(name, model, prepared.clients, setup, meter, prepared.public, states=states)
         if others:
             own, own_data = others[number % len(others)]
             site = replace(
-                site, model=own, train=own_data.clients[name].train,
-                test=own_data.clients[name].test, public=own_data.public,
-                server_model=model, server_test=data.test,
+                site, model=own, data=own_data.clients, public=own_data.public,
+                server_model=model, server_data=prepared.clients,
             )  # fmt: skip
         sites[name] = site
     worker = Worker(sites, strategy, run, model.base_hash, prepared.tokenizer, states)
@@ -241,7 +226,7 @@ def assemble(
     transport = Local(list(sites), endpoint, size)
     exchange = Exchange(
         transport, ledger, run, model.base_hash, exchange_spec.codecs,  # type: ignore[arg-type]
-        exchange_spec.minimum_replies, listener.step, prepared.measured, clock_of(model.device),
+        exchange_spec.minimum_replies, listen, prepared.measured, clock,
     )  # fmt: skip
     return Federation(experiment, seed, strategy, exchange, worker, ledger, prepared.labels)
 
@@ -249,25 +234,23 @@ def assemble(
 def _uses(
     experiment: ex.Experiment, prepared: Prepared, model: LanguageModel,
     others: Sequence[tuple[LanguageModel, Prepared]],
-) -> list[tuple[LanguageModel, list[Use]]]:  # fmt: skip
+) -> list[tuple[LanguageModel, Iterator[Use]]]:  # fmt: skip
     """What each model will see: its clients' rows, everybody's test rows, public rows."""
+    rounds, drawn = experiment.rounds, experiment.public.rows_per_round
 
-    def all_of(examples: Examples) -> Use:
-        return Use(examples, len(examples))
+    def seen(data: Prepared, names: Sequence[str], train: bool = True) -> Iterator[Use]:
+        for name in names:
+            own = data.clients[name]
+            yield Use(own.test, len(own.test))
+            if train:
+                yield Use(own.train, len(own.train))
+        if data.public is not None:
+            yield Use(data.public, rounds * (drawn or len(data.public)))
 
-    public = [] if prepared.public is None else [
-        Use(data.public, experiment.rounds * (experiment.public.rows_per_round or len(data.public)))
-        for data in [prepared, *(theirs for _, theirs in others)]
-        if data.public is not None
-    ]  # fmt: skip
-    found = [(model, [all_of(data.test) for data in prepared.clients.values()] + public[:1])]
-    if not others:
-        found[0][1].extend(all_of(data.train) for data in prepared.clients.values())
-    for number, name in enumerate(prepared.clients if others else ()):
-        own, theirs = others[number % len(others)]
-        data = theirs.clients[name]
-        found.append((own, [all_of(data.train), all_of(data.test)]))
-    found += [(own, [use]) for (own, _), use in zip(others, public[1:], strict=False)]
+    names = list(prepared.clients)
+    found = [(model, seen(prepared, names, train=not others))]
+    for first, (own, theirs) in enumerate(others):
+        found.append((own, seen(theirs, names[first :: len(others)])))
     return found
 
 
@@ -425,7 +408,9 @@ def _save_models(federation: Federation, end: Committed, folder: Path) -> Langua
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
+    with aside.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
     os.replace(aside, path)
 
 

@@ -90,7 +90,7 @@ def predict(
     for text in given:
         if model.classification:
             row = {data.text: text, data.label: data.labels[0]}
-            ids = torch.from_numpy(encode([row], "--text").ids[0])[None].to(model.device)
+            ids = torch.from_numpy(encode([row], "--text").row(0))[None].to(model.device)
             with torch.no_grad():
                 chances = model.whole.apply_to(tunables, Inputs.of(ids)).softmax(-1)[0]
             best = int(chances.argmax())

@@ -129,8 +129,8 @@ class Worker:
         """Sums over the client's held-out rows: of the candidate, or of its own model."""
         own = message.facts["model"] == "own"
         model, test = site.model, site.test
-        if not own and site.server_model is not None and site.server_test is not None:
-            model, test = site.server_model, site.server_test
+        if not own and site.server_model is not None and site.server_data is not None:
+            model, test = site.server_model, site.server_data[site.name].test
         tunables: dict[str, Tensor] = dict(message.tensors)
         if own or not self.strategy.evaluates_clients:
             tunables = {**self.strategy.own(site), **tunables}
@@ -143,15 +143,16 @@ class Worker:
 
     def _rouge(self, site: Site, model: Any, tunables: dict[str, Tensor]) -> dict[str, Tensor]:
         settings = site.setup.evaluation
-        count = min(settings.rouge_examples, len(site.test))
+        test = site.test
+        count = min(settings.rouge_examples, len(test))
         score = 0.0
         for row in range(count):
-            prompt = site.test.ids[row][: site.test.prompt_lengths[row]].tolist()
+            prompt = test.row(row)[: test.prompt_lengths[row]].tolist()
             new = generate(
                 model, tunables, prompt, self.tokenizer.eos_token_id, settings.max_new_tokens
             )
             said = self.tokenizer.decode(new, skip_special_tokens=True)
-            score += rouge_l(said, site.test.responses[row])
+            score += rouge_l(said, test.responses[row])
         return {
             "rouge": torch.tensor([score], dtype=torch.float64),
             "rouge_units": torch.tensor([count], dtype=torch.int64),

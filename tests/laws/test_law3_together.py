@@ -308,11 +308,12 @@ def test_a_bad_row_changes_nothing_for_the_others(what: str) -> None:
         )  # fmt: skip
         built = build(spec)
         site = built.worker.sites["client-3"]
-        rows = getattr(site, what)
         if bad:
-            ids = [row.copy() for row in rows.ids]
-            ids[-1][0] = 10**7  # no such token
-            setattr(site, what, replace(rows, ids=tuple(ids)))
+            mine = site.data[site.name]
+            rows = getattr(mine, what)
+            flat = rows.flat.copy()
+            flat[rows.ends[-1] - rows.lengths[-1]] = 10**7  # no such token
+            site.data = {site.name: replace(mine, **{what: replace(rows, flat=flat)})}
         history = finish(built).history
         asked = {"test": "eval", "train": "a2"}[what]
         rows_ = [r for r in built.ledger.rows if r.direction == "compute" and r.step == asked]

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import numpy.typing as npt
 
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError, nearest
+from fedllm.flat import Ints, cells
 
-Ints = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.int32]
 EMPTY: Ints = np.zeros(0, np.int64)
 
 
@@ -24,32 +26,38 @@ class Examples:
     """
     Rows ready for a model.
 
-    ids: tokens of each row.  labels: class of each row (classification; empty otherwise).
-    start: index of the first token that is predicted (generation).  utf8: bytes of the text
-    that the predicted tokens stand for (generation).  prompts, responses: text, kept for Rouge-L.
-    unknown: tokens that are ``<unk>``.  hash: of the text, to see that two sites hold the same
-    public set whatever their tokenizers.  origin: the set that these rows were taken from, and
-    which of its rows they are.
+    flat: tokens, row after row.  ends: where each row ends.  labels: class of each row
+    (classification; empty otherwise).  start: index of the first token that is predicted
+    (generation).  utf8: bytes of the text that the predicted tokens stand for (generation).
+    prompts, responses: text, kept for Rouge-L.  unk: the token ``<unk>``; -1: there is none.
+    hash: of the text, to see that two sites hold the same public set whatever their tokenizers.
+    origin: the set that these rows were taken from, and which of its rows they are.
     """
 
-    ids: tuple[Ints, ...]
+    flat: Tokens
+    ends: Ints
     labels: Ints
     start: Ints
     utf8: Ints
     prompts: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
-    unknown: int = 0
+    unk: int = -1
     hash: str = ""
     prompt_lengths: tuple[int, ...] = ()
     origin: tuple[Examples, Ints] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.ends)
+
+    def row(self, number: int) -> Ints:
+        """Tokens of one row."""
+        end = self.ends[number]
+        return self.flat[end - self.lengths[number] : end].astype(np.int64)
 
     @cached_property
     def lengths(self) -> Ints:
         """Tokens of each row."""
-        return np.array([len(row) for row in self.ids], dtype=np.int64)
+        return np.diff(self.ends, prepend=0)
 
     @cached_property
     def targets(self) -> Ints:
@@ -59,22 +67,28 @@ class Examples:
     @property
     def tokens(self) -> int:
         """Tokens in all."""
-        return int(self.lengths.sum())
+        return len(self.flat)
+
+    @property
+    def unknown(self) -> int:
+        """Tokens that are ``<unk>``."""
+        return int((self.flat == self.unk).sum())
 
     @cached_property
     def content(self) -> str:
         """SHA-256 of the tokens."""
         digest = hashlib.sha256(self.lengths.tobytes())
-        for row in self.ids:
-            digest.update(row.tobytes())
+        digest.update(self.flat.tobytes())
         return digest.hexdigest()
 
     def take(self, rows: Sequence[int] | Ints) -> Examples:
         """These rows, in this order."""
         index = np.asarray(rows, dtype=np.int64)
+        sizes = self.lengths[index]
         whole, before = self.origin or (self, None)
         return Examples(
-            ids=tuple(self.ids[i] for i in index),
+            flat=self.flat[cells(self.ends[index] - sizes, sizes)],
+            ends=np.cumsum(sizes),
             labels=self.labels[index] if len(self.labels) else self.labels,
             start=self.start[index] if len(self.start) else self.start,
             utf8=self.utf8[index] if len(self.utf8) else self.utf8,
@@ -83,24 +97,51 @@ class Examples:
             prompt_lengths=(
                 tuple(self.prompt_lengths[i] for i in index) if self.prompt_lengths else ()
             ),
+            unk=self.unk,
             origin=(whole, index if before is None else before[index]),
+        )
+
+    def part(self, begin: int, end: int) -> Examples:
+        """Rows ``begin`` to ``end`` - 1 as a set of their own; their tokens are not copied."""
+        rows = slice(begin, end)
+        first, last = (int(self.ends[i - 1]) if i else 0 for i in (begin, end))
+        return Examples(
+            flat=self.flat[first:last],
+            ends=self.ends[rows] - first,
+            labels=self.labels[rows],
+            start=self.start[rows],
+            utf8=self.utf8[rows],
+            prompts=self.prompts[rows],
+            responses=self.responses[rows],
+            unk=self.unk,
+            prompt_lengths=self.prompt_lengths[rows],
         )
 
     def without_labels(self) -> Examples:
         """The same rows with nothing but their tokens; every token but the first is predicted."""
-        return Examples(self.ids, EMPTY, np.ones(len(self), np.int64), EMPTY, hash=self.hash)
+        ones = np.ones(len(self), np.int64)
+        return Examples(self.flat, self.ends, EMPTY, ones, EMPTY, hash=self.hash)
+
+
+def packed(rows: Sequence[Sequence[int]]) -> tuple[Tokens, Ints]:
+    """Rows of tokens one after another, and where each ends."""
+    return (
+        np.fromiter(chain.from_iterable(rows), np.int32),
+        np.cumsum([len(row) for row in rows], dtype=np.int64),
+    )
 
 
 def join(parts: Sequence[Examples]) -> Examples:
     """One set after another."""
     return Examples(
-        ids=tuple(row for part in parts for row in part.ids),
+        flat=np.concatenate([part.flat for part in parts]),
+        ends=np.cumsum(np.concatenate([part.lengths for part in parts])),
         labels=np.concatenate([part.labels for part in parts]),
         start=np.concatenate([part.start for part in parts]),
         utf8=np.concatenate([part.utf8 for part in parts]),
         prompts=tuple(text for part in parts for text in part.prompts),
         responses=tuple(text for part in parts for text in part.responses),
-        unknown=sum(part.unknown for part in parts),
+        unk=parts[0].unk,
         prompt_lengths=tuple(length for part in parts for length in part.prompt_lengths),
     )
 
@@ -168,19 +209,18 @@ class Encoder:
         if empty:
             raise FedllmError(f"{where}: row {empty[0]}: no token in {self.data.text!r}")
         return Examples(
-            ids=tuple(np.array(row, np.int64) for row in ids),
+            *packed(ids),
             labels=np.array(labels, np.int64),
             start=EMPTY,
             utf8=EMPTY,
-            unknown=self._unknown(ids),
+            unk=self._unk,
         )
 
-    def _unknown(self, ids: Sequence[Sequence[int]]) -> int:
+    @property
+    def _unk(self) -> int:
         unk = self.tokenizer.unk_token_id
         # GPT-2 declares its end-of-text token as "unknown" too, but its bytes cover everything
-        if unk is None or unk == self.tokenizer.eos_token_id:
-            return 0
-        return sum(list(row).count(unk) for row in ids)
+        return -1 if unk is None or unk == self.tokenizer.eos_token_id else int(unk)
 
     def _start(self) -> list[int]:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
@@ -214,11 +254,11 @@ class Encoder:
         if not ids:
             raise FedllmError(f"no text in column {self.data.text!r}")
         return Examples(
-            ids=tuple(np.array(row, np.int64) for row in ids),
+            *packed(ids),
             labels=EMPTY,
             start=np.ones(len(ids), np.int64),
             utf8=np.array(utf8, np.int64),
-            unknown=self._unknown(ids),
+            unk=self._unk,
         )
 
     def prompt(self, text: str) -> list[int]:
@@ -254,12 +294,12 @@ class Encoder:
                 shown = self.tokenizer.decode(prompt[1:], skip_special_tokens=True) + shown
             utf8.append(max(len(shown.encode()), 1))
         return Examples(
-            ids=tuple(np.array(row, np.int64) for row in ids),
+            *packed(ids),
             labels=EMPTY,
             start=np.array(starts, np.int64),
             utf8=np.array(utf8, np.int64),
             prompts=tuple(row[self.data.prompt] for row in rows),
             responses=tuple(row[self.data.response] for row in rows),
             prompt_lengths=tuple(before),
-            unknown=self._unknown(ids),
+            unk=self._unk,
         )

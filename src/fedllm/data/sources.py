@@ -54,11 +54,14 @@ def _dialogue(text: str, path: Path, key: str) -> Iterator[dict[str, str]]:
 
 def _load(path: Path, source: str, kind: str, split: str, key: str) -> Rows:
     import datasets
+    import pyarrow  # type: ignore[import-untyped]
     from datasets import load_dataset
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said below, once
     suffix = {"csv": ".csv", "jsonl": ".jsonl"}.get(kind, path.suffix)
+    pool = pyarrow.default_memory_pool()  # it would keep what each of its threads took
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     try:
         if path.is_file():
             builder = {".csv": "csv", ".jsonl": "json", ".json": "json"}.get(suffix)
@@ -89,10 +92,12 @@ def _load(path: Path, source: str, kind: str, split: str, key: str) -> Rows:
         raise FedllmError(
             f"{key} = {source!r}: cannot be loaded ({type(error).__name__}: {first}); {hint}"
         ) from None
+    finally:
+        pyarrow.set_memory_pool(pool)
 
 
 def _rows(data: Any) -> Rows:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
     features = data.features
     columns = {}
@@ -102,7 +107,7 @@ def _rows(data: Any) -> Rows:
         columns[name] = ["" if v is None else decode(v) if decode else str(v) for v in values]
     names = list(columns)
     rows = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    pyarrow.default_memory_pool().release_unused()  # it would keep what the file took
+    pyarrow.default_memory_pool().release_unused()  # what the file took
     return rows
 
 

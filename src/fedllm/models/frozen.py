@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedllm.models.inputs import Ints
+from fedllm.flat import Ints, cells
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,11 @@ class Known:
         ends = self.ends[which]
         begins = np.where(which > 0, self.ends[which - 1], 0)
         sizes = ends - begins
-        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        source = torch.from_numpy(np.repeat(begins, sizes) + within).to(self.states.device)
+        source = torch.from_numpy(cells(begins, sizes)).to(self.states.device)
         found = self.states[source]
         if bool((sizes == length).all()):
             return found
-        target = torch.from_numpy(np.repeat(np.arange(len(rows)) * length, sizes) + within)
+        target = torch.from_numpy(cells(np.arange(len(rows)) * length, sizes))
         whole = found.new_zeros((len(rows) * length, found.shape[-1]))
         whole[target.to(found.device)] = found
         return whole

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedllm.flat import Ints
+
 Block = tuple[int, int]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

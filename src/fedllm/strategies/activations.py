@@ -472,15 +472,15 @@ class Activations:
 
     def _next(self, site: Site) -> tuple[Batch, int, int]:
         """The client's next batch of this round, its number, and how many are left after it."""
-        plan = replace(site.plan(site.train, "private"), known=self._below(site))
-        per_round = plan.per_pass * self.setup.training.epochs
         if "batches" not in site.live:
+            plan = replace(site.plan(site.train, "private"), known=self._below(site))
+            per_round = plan.per_pass * self.setup.training.epochs
             first = per_round * (site.round - 1)
             site.live["batches"] = iter(plan.between(first, first + per_round))
             site.live.update(number=0, per_round=per_round)
         site.live["number"] += 1
         number = int(site.live["number"])
-        return next(site.live["batches"]), number, per_round - number
+        return next(site.live["batches"]), number, site.live["per_round"] - number
 
     def forward(self, site: Site, message: Message) -> Tasked[Message]:
         """c1 run the first layers on a private batch, c2 send activations (and labels)."""

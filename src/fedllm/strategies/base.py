@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fedllm import experiment as ex
+from fedllm.data.clients import ClientData
 from fedllm.data.examples import Examples
 from fedllm.exchange import Exchange
 from fedllm.message import Message
@@ -48,13 +49,13 @@ class ServerState:
     facts: dict[str, int | float | str] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(slots=True)
 class Site:
     """
     One client: its model, its rows, and its state.
 
-    server_model, server_test: the server's model, where it is another, and the held-out rows in
-    that model's tokens, to evaluate it.
+    data: where its rows are, by its name.  server_model, server_data: the server's model, where it
+    is another, and the rows in that model's tokens, to evaluate it.
 
     states: what is saved with every committed round; this client's is named
     ``<group>/<tensor>``.  live: models in training, graphs; gone when a round ends or is asked
@@ -63,16 +64,25 @@ class Site:
 
     name: str
     model: LanguageModel
-    train: Examples
-    test: Examples
+    data: Mapping[str, ClientData]
     setup: Setup
     meter: Meter
     public: Examples | None = None
     server_model: LanguageModel | None = None
-    server_test: Examples | None = None
+    server_data: Mapping[str, ClientData] | None = None
     states: States = field(default_factory=States)
     live: dict[str, Any] = field(default_factory=dict)
     round: int = 0
+
+    @property
+    def train(self) -> Examples:
+        """Its private rows; cut out anew each time, so ask once."""
+        return self.data[self.name].train
+
+    @property
+    def test(self) -> Examples:
+        """Its held-out rows; cut out anew each time, too."""
+        return self.data[self.name].test
 
     def group(self, name: str) -> Group:
         """The tensors of one group of the state."""

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.aggregation import RULES
-from fedllm.data.examples import Examples, Ints
+from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
 from fedllm.exchange import Exchange
+from fedllm.flat import Ints
 from fedllm.message import Fact, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
@@ -95,7 +96,7 @@ class Logits:
         new = [client for client in cohort if f"shipped.{client}" not in state.facts]
         if new:
             packed = {
-                "tokens": torch.from_numpy(np.concatenate(self.public.ids).astype(np.int32)),
+                "tokens": torch.from_numpy(self.public.flat),
                 "lengths": torch.from_numpy(self.public.lengths.astype(np.int32)),
             }
             roles = of_role(Role.TOKEN, packed)
@@ -144,15 +145,14 @@ class Logits:
     def _public(self, site: Site) -> Examples:
         if self.setup.public.ship:
             kept = site.group("public")
-            ends = np.cumsum(kept["lengths"].numpy().astype(np.int64))
-            ids = tuple(np.split(kept["tokens"].numpy().astype(np.int64), ends[:-1]))
-            labels = np.full(len(ids), -1, np.int64)
+            flat, ends = kept["tokens"].numpy(), np.cumsum(kept["lengths"].numpy(), dtype=np.int64)
+            labels = np.full(len(ends), -1, np.int64)
             if "labels" in kept:
                 labels = kept["labels"].numpy().astype(np.int64)
             empty = np.zeros(0, np.int64)
             if self.model.classification:
-                return Examples(ids, labels, empty, empty)
-            return Examples(ids, empty, np.ones(len(ids), np.int64), empty)
+                return Examples(flat, ends, labels, empty, empty)
+            return Examples(flat, ends, empty, np.ones(len(ends), np.int64), empty)
         if site.public is None:
             raise FedllmError(f"client {site.name!r} has no public set; set public.ship = true")
         return site.public

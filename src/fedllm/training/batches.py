@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedllm.data.examples import Examples, Ints
+from fedllm.data.examples import Examples
+from fedllm.flat import Ints, cells
 from fedllm.models.frozen import Known
 from fedllm.models.inputs import Inputs
 
@@ -83,27 +84,24 @@ def collate(
 
     known: their hidden states, which then stand in place of the tokens.
     """
-    lengths = examples.lengths[list(rows)]
+    which = np.asarray(rows, np.int64)
+    lengths = examples.lengths[which]
     length = max(int(lengths.max()), pad_to or 0)
-    x = np.zeros((len(rows), length), np.int64)
-    for i, row in enumerate(rows):
-        x[i, : lengths[i]] = examples.ids[row]
+    begins = np.arange(len(rows)) * length
+    x = np.zeros(len(rows) * length, np.int64)
+    source = cells(examples.ends[which] - lengths, lengths)
+    x[cells(begins, lengths)] = examples.flat[source]
     full = bool((lengths == length).all())
     if len(examples.labels):
         select = None
-        targets = examples.labels[list(rows)]
-        places = np.asarray(rows, np.int64)
+        targets, places = examples.labels[which], which
     else:
-        starts = examples.start[list(rows)]
-        offsets = np.concatenate([[0], np.cumsum(examples.targets)])
-        spans = [np.arange(s, n) for s, n in zip(starts, lengths, strict=True)]
-        select = np.concatenate([i * length + span - 1 for i, span in enumerate(spans)])
-        targets = np.concatenate([x[i, span] for i, span in enumerate(spans)])
-        places = np.concatenate(
-            [offsets[row] + np.arange(len(span)) for row, span in zip(rows, spans, strict=True)]
-        )
+        sizes = examples.targets[which]
+        select = cells(begins + examples.start[which] - 1, sizes)
+        targets = x[select + 1]
+        places = cells(np.cumsum(examples.targets)[which] - sizes, sizes)
     inputs = Inputs(
-        torch.from_numpy(x).flatten().to(device) if known is None else known.padded(rows, length),
+        torch.from_numpy(x).to(device) if known is None else known.padded(rows, length),
         ((len(rows), length),),
         None if full else torch.from_numpy(lengths).to(device),
         None if select is None else torch.from_numpy(select).to(device),

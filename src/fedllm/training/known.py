@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from fedllm.data.examples import Examples
+from fedllm.flat import cells
 from fedllm.models.frozen import Known
 from fedllm.models.loading import LanguageModel
 from fedllm.training.batches import batches
@@ -51,16 +51,14 @@ def known(
 def _run(model: LanguageModel, begin: int, examples: Examples, meter: Meter) -> Known:
     core = model.part("client", begin)
     device = model.device
-    ends = np.cumsum(examples.lengths)
-    states = torch.empty((int(ends[-1]), model.width), device=device)
+    states = torch.empty((examples.tokens, model.width), device=device)
     flops, seconds = 0, 0.0
     batch = None
     for batch in batches(examples, model.frozen.rows, "bucket", None, 0, str(device)):
         start = meter.clock()
         hidden = core.apply_to({}, batch.inputs)[batch.inputs.real()]
         sizes = examples.lengths[batch.row_numbers]
-        within = np.arange(len(hidden)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        places = np.repeat(ends[batch.row_numbers] - sizes, sizes) + within
+        places = cells(examples.ends[batch.row_numbers] - sizes, sizes)
         states[torch.from_numpy(places).to(device)] = hidden
         seconds += meter.clock() - start
         flops += meter.flops(model, core, batch, backward=False)
@@ -68,7 +66,7 @@ def _run(model: LanguageModel, begin: int, examples: Examples, meter: Meter) -> 
     with LiveBytes(device) as live:  # of the longest rows, which come last; charged to nobody
         core.apply_to({}, batch.inputs)
     peak = held_bytes(model.whole) + live.peak
-    return Known(states, ends, flops=flops, seconds=seconds, peak_memory=peak)
+    return Known(states, examples.ends, flops=flops, seconds=seconds, peak_memory=peak)
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Use:
     shown: int
 
 
-def remember(models: Sequence[tuple[LanguageModel, Sequence[Use]]], rows: int, limit: int) -> str:
+def remember(models: Sequence[tuple[LanguageModel, Iterable[Use]]], rows: int, limit: int) -> str:
     """
     Have each model keep the hidden states of its sets, if any of its blocks never change.
 

@@ -20,6 +20,9 @@ from fedllm.models.flops import FlopCounter
 from fedllm.models.loading import LanguageModel
 from fedllm.training.batches import Batch
 
+Listen = Callable[[str, str, int], None]
+"""Hears (step, client, rows) as work goes on."""
+
 
 @dataclass
 class Cost:
@@ -115,17 +118,27 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 class Meter:
     """The costs of one client's task, or of the server's round, step by step."""
 
+    __slots__ = ("clock", "held", "listen", "measured", "name", "paid", "steps")
+
     def __init__(
-        self, measured: Measured | None = None, tick: Callable[[int], None] | None = None,
+        self, measured: Measured | None = None, name: str = "", listen: Listen | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
-        """``tick`` hears of every batch's rows, for a progress bar.  clock: seconds."""
+        """
+        name: whose costs these are.  listen: hears of every batch, for a progress bar.
+        clock: seconds.
+        """
         self.steps: dict[str, Cost] = {}
         self.paid: set[str] = set()  # what ran once for this one (``training.known``)
         self.held: dict[str, int] = {}  # bytes that it keeps of that
         self.measured = measured or Measured()
-        self.tick = tick or (lambda rows: None)
+        self.name, self.listen = name, listen
         self.clock = clock
+
+    def tick(self, rows: int) -> None:
+        """A batch of so many rows is done."""
+        if self.listen is not None:
+            self.listen("", self.name, rows)
 
     def cost(self, step: str) -> Cost:
         """What this step has cost so far, to add to."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,9 @@ class Examples:
     @cached_property
     def lengths(self) -> Ints:
         """Tokens of each row."""
-        return np.diff(self.ends, prepend=0)
+        found = self.ends.copy()
+        found[1:] -= self.ends[:-1]
+        return found
 
     @cached_property
     def targets(self) -> Ints:
@@ -127,7 +129,7 @@ def packed(rows: Sequence[Sequence[int]]) -> tuple[Tokens, Ints]:
     """Rows of tokens one after another, and where each ends."""
     return (
         np.fromiter(chain.from_iterable(rows), np.int32),
-        np.cumsum([len(row) for row in rows], dtype=np.int64),
+        np.fromiter(accumulate(map(len, rows)), np.int64),
     )
 
 
@@ -155,6 +157,9 @@ class Encoder:
         """``longest``: tokens the model takes at most; ``data.max_tokens`` may say less."""
         self.tokenizer, self.task, self.data = tokenizer, task, data
         self.labels = {label: index for index, label in enumerate(labels)}
+        unk = tokenizer.unk_token_id
+        # GPT-2 declares its end-of-text token as "unknown" too, but its bytes cover everything
+        self.unk = -1 if unk is None or unk == tokenizer.eos_token_id else int(unk)
         if longest >= 4 and data.max_tokens is not None and data.max_tokens > longest:
             raise FedllmError(
                 f"data.max_tokens = {data.max_tokens}: the model takes at most {longest}"
@@ -213,14 +218,8 @@ class Encoder:
             labels=np.array(labels, np.int64),
             start=EMPTY,
             utf8=EMPTY,
-            unk=self._unk,
+            unk=self.unk,
         )
-
-    @property
-    def _unk(self) -> int:
-        unk = self.tokenizer.unk_token_id
-        # GPT-2 declares its end-of-text token as "unknown" too, but its bytes cover everything
-        return -1 if unk is None or unk == self.tokenizer.eos_token_id else int(unk)
 
     def _start(self) -> list[int]:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
@@ -258,7 +257,7 @@ class Encoder:
             labels=EMPTY,
             start=np.ones(len(ids), np.int64),
             utf8=np.array(utf8, np.int64),
-            unk=self._unk,
+            unk=self.unk,
         )
 
     def prompt(self, text: str) -> list[int]:
@@ -301,5 +300,5 @@ class Encoder:
             prompts=tuple(row[self.data.prompt] for row in rows),
             responses=tuple(row[self.data.response] for row in rows),
             prompt_lengths=tuple(before),
-            unk=self._unk,
+            unk=self.unk,
         )

@@ -140,6 +140,8 @@ MEANING = {
     "exchange.clients_per_round": "clients drawn each round; without it all",
     "exchange.minimum_replies": "replies without which a step ends the run with an error; without "
                                 "it all that were asked",
+    "exchange.deadline": "seconds for the answers of one step; who is later is left out of it, and "
+                         "what still comes is counted and dropped. In one process nobody is late",
     "exchange.codecs": "codec by role, e.g. `{ activation = \"fp16\", gradient = \"fp16\" }`",
     "evaluation.every": "rounds between evaluations; 0: only after the last",
     "evaluation.batch_size": "rows in a batch of evaluation and of public logits",

@@ -15,7 +15,7 @@ MODELS = BASE | {"models", "data", "codecs", "transport"}
 TRAINING = MODELS | {"training"}
 EXCHANGE = TRAINING | {"aggregation", "exchange"}
 STRATEGIES = EXCHANGE | {"states", "strategies"}
-ROUND = STRATEGIES | {"worker", "checkpoint", "round", "costs", "summary"}
+ROUND = STRATEGIES | {"worker", "remote", "checkpoint", "round", "costs", "summary"}
 FEDERATION = ROUND | {"federation", "report", "compare"}
 ALLOWED = {
     "errors": set(),
@@ -36,6 +36,9 @@ ALLOWED = {
     "costs": BASE | {"models"},
     "strategies": STRATEGIES,
     "worker": STRATEGIES,
+    "remote": EXCHANGE,
+    "site": FEDERATION,
+    "across": FEDERATION | {"site"},
     "checkpoint": STRATEGIES,
     "round": ROUND,
     "federation": ROUND | {"federation"},
@@ -86,7 +89,9 @@ def test_only_the_exchange_calls_codecs_and_transport() -> None:
         part(path) for path in SOURCE.rglob("*.py") if imported(path) & {"codecs", "transport"}
     }
     # the federation builds a transport and hands it over
-    assert callers <= {"exchange", "federation", "codecs", "transport"}
+    # across opens sessions, remote names the protocol
+    builders = {"federation", "across", "remote"}
+    assert callers <= {"exchange", "codecs", "transport"} | builders
 
 
 def loaded_by(code: str) -> set[str]:

@@ -144,7 +144,9 @@ def test_a_certificate_of_another_authority_gets_no_connection(
 
 def test_what_the_check_refuses_is_said_to_the_site(keys: Callable[[str], Keys]) -> None:
     server = Sessions(
-        "127.0.0.1:0", keys("server"), lambda name, facts: f"base {facts['base']} is another"
+        "127.0.0.1:0",
+        keys("server"),
+        check=lambda name, facts: f"base {facts['base']} is another",
     )
     site = Site(server, "a", keys("a"), facts={"base": "beef"})
     site.join(20)
@@ -195,7 +197,7 @@ def test_a_site_that_stays_away_fails_by_name(keys: Callable[[str], Keys]) -> No
     break_streams(server)
     found = answers(server)
     assert isinstance(found[id], Failure)
-    assert "gone" in found[id].reason
+    assert "not there" in found[id].reason
     stay.set()
     server.close()
 
@@ -208,7 +210,7 @@ def test_a_site_that_begins_anew_has_lost_what_it_was_asked(
     assert server.wait(["a"], 20) == []
     lost = server.post("a", b"x")
     told: list[Any] = []
-    server._greet = lambda name: {"state": f"of {name}"}
+    server.greet = lambda name: {"state": f"of {name}"}
     Site(server, "a", keys("a"), welcomed=told.append)
     found = answers(server)
     assert isinstance(found[lost], Failure)

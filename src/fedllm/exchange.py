@@ -74,16 +74,20 @@ class Exchange:
         self, transport: Transport, ledger: Ledger, run: str, base: str,
         codecs: Mapping[str, str] | None = None, minimum: int | None = None,
         listen: Listen | None = None, measured: Measured | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.perf_counter, deadline: float | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         """
         minimum: replies without which a step fails (None: all).  listen: (step, client, rows)
-        for a progress line.  clock: seconds of the server's own work.
+        for a progress line.  clock: seconds of the server's own work.  deadline: seconds for the
+        answers of one step.  tell: hears of every failure.
         """
         self.transport, self.ledger, self.run, self.base = transport, ledger, run, base
         self.codecs = dict(codecs or {})
         self.minimum = minimum
         self.listen = listen or (lambda step, client, rows: None)
+        self.deadline, self.tell = deadline, tell or (lambda text: None)
+        self._late: dict[str, tuple[str, str]] = {}  # id -> who did not answer in time, and what
         self.round, self.attempt = 0, 0
         self.meter = Meter(measured, "server", self.listen, clock)
         self._count = 0
@@ -127,15 +131,42 @@ class Exchange:
             self._frame(len(frame), wire, used, client, "down", cohort)
             self.listen(message.step, client, 0)
             waiting[self.transport.post(client, frame)] = (client, message)
-        for id, answer in self.transport.collect():
-            client, message = waiting.pop(id)
-            reply = self._receive(answer, message, cohort)
-            if isinstance(reply, Failure):
-                reason = reply.reason[:200]
-                self.ledger.add(
-                    Row(self.run, self.round, reply.step, client, "up", failures=1, reason=reason)
-                )
-            yield client, reply
+        until = None if self.deadline is None else time.monotonic() + self.deadline
+        while waiting:
+            left = None if until is None else max(until - time.monotonic(), 0.0)
+            for id, answer in self.transport.collect(left):
+                if id not in waiting:
+                    self._too_late(id, answer)
+                    continue
+                client, message = waiting.pop(id)
+                yield client, self._counted(self._receive(answer, message, cohort), client)
+                if not waiting:
+                    return
+            if until is None or time.monotonic() >= until:
+                break
+        for id, (client, message) in waiting.items():
+            self._late[id] = (client, message.step)
+            reason = f"no answer within {self.deadline or 0:g} s (exchange.deadline)"
+            yield client, self._counted(Failure(client, message.step, reason), client)
+
+    def _counted(self, reply: Message | Failure, client: str) -> Message | Failure:
+        """A failure is named in the ledger, and told."""
+        if isinstance(reply, Failure):
+            reason = reply.reason[:200]
+            self.ledger.add(
+                Row(self.run, self.round, reply.step, client, "up", failures=1, reason=reason)
+            )
+            self.tell(f"round {self.round}, step {reply.step}: {client}: {reason}")
+        return reply
+
+    def _too_late(self, id: str, answer: bytes | Failure) -> None:
+        """An answer that nobody waits for any more is counted and dropped."""
+        client, step = self._late.pop(id, ("", ""))
+        if client and not isinstance(answer, Failure):
+            self.ledger.add(
+                Row(self.run, self.round, step, client, "up", role="late", wire_bytes=len(answer),
+                    frames=1, reason="came after the deadline")
+            )  # fmt: skip
 
     def gather(self, requests: Mapping[str, Message]) -> dict[str, Message]:
         """
@@ -165,7 +196,7 @@ class Exchange:
     def _receive(self, answer: bytes | Failure, request: Message, cohort: int) -> Message | Failure:
         client = request.client
         if isinstance(answer, Failure):
-            return answer
+            return replace(answer, step=answer.step or request.step)
         try:
             reply, wire, used = decode(answer)
         except FedllmError as error:

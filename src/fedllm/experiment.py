@@ -249,6 +249,7 @@ class Exchange(Section):
 
     clients_per_round: Positive | None = None
     minimum_replies: Positive | None = None
+    deadline: Rate | None = None
     codecs: dict[
         Literal["parameter", "logit", "activation", "gradient"],
         Codec,
@@ -388,6 +389,51 @@ class Experiment(Section):
         return Experiment(**{**values, **changes})
 
 
+class SiteData(Section):
+    """A site's own rows: files with the columns of the experiment's ``[data]``."""
+
+    train: str
+    test: str
+    public: str | None = None
+    format: Literal["auto", "csv", "jsonl", "dialogue"] = "auto"
+
+
+class Allow(Section):
+    """What a site lets happen to it; what is not allowed is refused before anything is trained."""
+
+    strategies: tuple[StrategyName, ...] = get_args(StrategyName)
+    tunables: tuple[Literal["lora", "adapter", "bitfit", "prompt", "prefix", "full"], ...] = (
+        "lora", "adapter", "bitfit", "prompt", "prefix", "full",
+    )  # fmt: skip
+    largest_rank: Positive | None = None
+    labels: bool = True
+    logits: bool = True
+
+    def refusal(self, experiment: Experiment) -> str:
+        """Why this experiment is not allowed here; empty where it is."""
+        spec, tunables = experiment.strategy, experiment.tunables
+        if spec.kind not in self.strategies:
+            return f"strategy.kind = {spec.kind!r} is not allowed here (allow.strategies)"
+        if tunables.kind not in self.tunables:
+            return f"tunables.kind = {tunables.kind!r} is not allowed here (allow.tunables)"
+        most = self.largest_rank
+        if isinstance(tunables, Lora) and most is not None and tunables.rank > most:
+            return f"tunables.rank = {tunables.rank}: at most {most} here (allow.largest_rank)"
+        if isinstance(spec, Activations) and spec.labels == "server" and not self.labels:
+            return "labels may not leave this site (allow.labels): set strategy.labels = 'client'"
+        if isinstance(spec, Logits) and not self.logits:
+            return "logits may not leave this site (allow.logits)"
+        return ""
+
+
+class SiteFile(Section):
+    """``site.toml``: what one site has, and what it allows."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    data: SiteData
+    allow: Allow = Allow()
+
+
 PATHS = (("model", "name"), ("model", "tokenizer"), ("simulation", "source"),
          ("simulation", "test"), ("public", "source"))  # fmt: skip
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -404,12 +450,40 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise FedllmError(f"{path}: cannot be read ({error})") from None
+    return parse_text(text, str(path), path.resolve().parent, overrides, path.stem)
+
+
+def parse_text(
+    text: str, origin: str, folder: Path, overrides: Sequence[str] = (), name: str = "experiment"
+) -> Experiment:
+    """Check the text of a file as ``load`` does."""
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
+        raise FedllmError(f"{origin}: not valid TOML: {error}") from None
+    values.setdefault("name", name)
+    return parse(values, origin, folder, overrides)
+
+
+def load_site(path: Path) -> SiteFile:
+    """
+    Read and check a ``site.toml``; paths in it are relative to its folder.
+
+    Raises FedllmError as ``load`` does.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise FedllmError(f"{path}: cannot be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
         raise FedllmError(f"{path}: not valid TOML: {error}") from None
-    values.setdefault("name", path.stem)
-    return parse(values, str(path), path.resolve().parent, overrides)
+    values = _expand(values, str(path))
+    for key in ("train", "test", "public"):
+        _resolve(values.get("data"), key, path.resolve().parent)
+    try:
+        return SiteFile.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        raise FedllmError(_explain(error, values, str(path))) from None
 
 
 def parse(

@@ -26,14 +26,17 @@ from fedllm.exchange import Endpoint, Exchange
 from fedllm.ledger import Ledger
 from fedllm.models.export import save_adapter
 from fedllm.models.loading import LanguageModel, load, load_config, load_tokenizer
+from fedllm.remote import Distant, Remote
 from fedllm.round import Federation
 from fedllm.states import States
-from fedllm.strategies import ServerState, Setup, Site, build
+from fedllm.strategies import ServerState, Setup, Site, Strategy, build
+from fedllm.strategies.logits import NO_PUBLIC
 from fedllm.summary import summarize, variant
 from fedllm.training.cohort import cohort_size, stackable
 from fedllm.training.known import Use, remember
 from fedllm.training.meter import Measured, Meter, clock_of
 from fedllm.training.passes import memory
+from fedllm.transport import Transport
 from fedllm.transport.local import Local
 from fedllm.worker import Worker
 
@@ -94,11 +97,13 @@ def prepare(
     experiment: ex.Experiment,
     seed: int,
     name: str | None = None,
+    divided: Callable[[Sequence[str]], Division] | None = None,
 ) -> Prepared:
     """
     Read, divide and tokenize the data of a simulated federation.
 
-    name: of another model than the experiment's, whose tokenizer to use.
+    name: of another model than the experiment's, whose tokenizer to use.  divided: given the
+    columns that rows must have, who has which; without it ``[simulation]`` says so.
     Raises FedllmError as ``data.simulation.divide`` and ``data.examples.Encoder`` do.
     """
     config = load_config(experiment.model, name)
@@ -106,7 +111,7 @@ def prepare(
     limit = int(getattr(config, "max_position_embeddings", 512))
     limit -= getattr(experiment.tunables, "tokens", 0)
     draft = Encoder(tokenizer, experiment.task, experiment.data, (), limit)
-    division = divide(experiment, draft.columns, seed)
+    division = divided(draft.columns) if divided else divide(experiment, draft.columns, seed)
     encode = Encoder(tokenizer, experiment.task, experiment.data, division.labels, limit)
     on = experiment.evaluation.on
 
@@ -168,16 +173,53 @@ def assemble(
     ledger: Ledger,
     run: str,
     listener: Listener,
+    remote: Remote | None = None,
 ) -> Federation:
-    """Put a federation together in this process."""
+    """Put a federation together: its server, and in this process its clients unless ``remote``."""
+    if isinstance(experiment.strategy, ex.Logits) and prepared.public is None:
+        raise FedllmError(NO_PUBLIC)
+    if isinstance(experiment.strategy, ex.Centralized):
+        prepared = merged(prepared, "all")
+    elif isinstance(experiment.strategy, ex.Standalone) and experiment.strategy.public:
+        prepared = merged(prepared, "public")
+    half = halve(experiment, seed, prepared, listener)
+    spec, model, clock = experiment.exchange, half.model, clock_of(half.model.device)
+    transport: Transport
+    clients: Worker | Distant
+    if remote is None:
+        worker = host(half, experiment, prepared, run, listener)
+        size = experiment.simulation.cohort or cohort_size(model, experiment.training)
+        transport = Local(list(worker.sites), Endpoint(worker.handle, spec.codecs), size)  # type: ignore[arg-type]
+        clients = worker
+    else:
+        transport = remote
+        clients = Distant(model.base_hash, prepared.labels)
+    exchange = Exchange(
+        transport, ledger, run, model.base_hash, spec.codecs,  # type: ignore[arg-type]
+        spec.minimum_replies, listener.step, prepared.measured, clock, spec.deadline, listener.note,
+    )  # fmt: skip
+    if isinstance(clients, Distant):
+        clients.exchange = exchange
+    return Federation(
+        experiment, seed, half.strategy, exchange, clients, ledger, prepared.labels, model
+    )
+
+
+@dataclass(frozen=True)
+class Half:
+    """What the server and a site both build from an experiment."""
+
+    model: LanguageModel
+    others: list[tuple[LanguageModel, Prepared]]
+    setup: Setup
+    strategy: Strategy
+
+
+def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Listener) -> Half:
     if experiment.model.threads:
         torch.set_num_threads(experiment.model.threads)
-    strategy_spec = experiment.strategy
-    if isinstance(strategy_spec, ex.Centralized):
-        prepared = merged(prepared, "all")
-    elif isinstance(strategy_spec, ex.Standalone) and strategy_spec.public:
-        prepared = merged(prepared, "public")
-    steps = strategy_spec.steps if isinstance(strategy_spec, ex.Standalone) else ()
+    spec = experiment.strategy
+    steps = spec.steps if isinstance(spec, ex.Standalone) else ()
     if steps and len(steps) != len(prepared.clients):
         raise FedllmError(
             f"strategy.steps: {len(steps)} numbers for {len(prepared.clients)} clients"
@@ -200,8 +242,14 @@ def assemble(
         remark = remember(uses, size, memory(model.device) // 4)
         if remark:
             listener.note(remark)
-    strategy = build(strategy_spec, setup, model, prepared.public)
-    exchange_spec = experiment.exchange
+    return Half(model, others, setup, build(spec, setup, model, prepared.public))
+
+
+def host(
+    half: Half, experiment: ex.Experiment, prepared: Prepared, run: str, listener: Listener
+) -> Worker:
+    """The clients whose rows are in this process."""
+    model, others, setup = half.model, half.others, half.setup
     sites = {}
     states, listen, clock = States(), listener.step, clock_of(model.device)
     for number, name in enumerate(prepared.clients):
@@ -214,21 +262,13 @@ def assemble(
                 server_model=model, server_data=prepared.clients,
             )  # fmt: skip
         sites[name] = site
-    worker = Worker(sites, strategy, run, model.base_hash, prepared.tokenizer, states)
-    endpoint = Endpoint(worker.handle, exchange_spec.codecs)  # type: ignore[arg-type]
-    size = experiment.simulation.cohort or cohort_size(model, experiment.training)
     if len(sites) > 1 and not stackable(model, experiment.training):
         listener.note(
             "clients train one by one: one pass for many needs tunables of their own beside a "
             f"frozen base without dropout (here tunables.kind = {experiment.tunables.kind!r}, "
             f"training.base_dropout = {str(experiment.training.base_dropout).lower()})"
         )
-    transport = Local(list(sites), endpoint, size)
-    exchange = Exchange(
-        transport, ledger, run, model.base_hash, exchange_spec.codecs,  # type: ignore[arg-type]
-        exchange_spec.minimum_replies, listen, prepared.measured, clock,
-    )  # fmt: skip
-    return Federation(experiment, seed, strategy, exchange, worker, ledger, prepared.labels)
+    return Worker(sites, half.strategy, run, model.base_hash, prepared.tokenizer, states)
 
 
 def _uses(
@@ -297,6 +337,11 @@ def _client_models(
     return [loaded[name] for name in spec.client_models]
 
 
+def run_id(experiment: ex.Experiment, seed: int) -> str:
+    """The run's name in its ledger and on its messages."""
+    return f"{experiment.name}-{variant(experiment).partition(' ')[0]}-{seed}"
+
+
 def create(folder: Path, force: bool = False) -> None:
     """Make a run folder. Raises FedllmError when it cannot be written or is already used."""
     if folder.exists() and not folder.is_dir():
@@ -322,9 +367,13 @@ def run(
     resume: bool = False,
     prepared: Prepared | None = None,
     listener: Listener | None = None,
+    remote: Remote | None = None,
 ) -> dict[str, Any]:
     """
     Run one experiment with one seed into ``folder``; returns its summary.
+
+    remote: how to reach the sites, where the clients are not in this process; ``prepared`` then has
+    no clients.
 
     ``resume`` goes on after the last committed round, and returns at once where the run is
     complete. Raises FedllmError for bad input, before anything is written, where possible.
@@ -343,15 +392,15 @@ def run(
         done = folder / "summary.json"
         if done.exists():
             return dict(json.loads(done.read_text()))
-    begin = checkpoint.load(folder / "checkpoints") if resume else None
+    begin = checkpoint.load(folder / "checkpoints", remote is None) if resume else None
     ledger = Ledger()
-    run_id = f"{experiment.name}-{variant(experiment).partition(' ')[0]}-{seed}"
-    federation = assemble(experiment, seed, prepared, ledger, run_id, listener)
+    name = run_id(experiment, seed)
+    federation = assemble(experiment, seed, prepared, ledger, name, listener, remote)
     fresh = not folder.exists()
     create(folder, force=resume)
     try:
         stored.write_text(resolved)
-        federation.worker.states.attach(checkpoint.states_in(folder / "checkpoints"))
+        federation.clients.attach(checkpoint.states_in(folder / "checkpoints"))
         upto = begin.round if begin else 0
         federation.ledger.attach(folder / "ledger.jsonl", upto)
         with (folder / "log.txt").open("a") as log:
@@ -362,8 +411,10 @@ def run(
             if begin is None:
                 begin = Committed(0, federation.strategy.start())
             else:
-                federation.worker.restore(begin.clients)
-            listener.begin(run_id, experiment.rounds, begin.round)
+                federation.clients.restore(begin.clients)
+            if remote is not None and isinstance(federation.clients, Distant):
+                remote.begin(federation.clients.greet, federation.clients.refuse)
+            listener.begin(name, experiment.rounds, begin.round)
 
             def commit(committed: Committed) -> None:
                 checkpoint.save(folder / "checkpoints", committed)
@@ -388,11 +439,10 @@ def run(
 
 def _save_models(federation: Federation, end: Committed, folder: Path) -> LanguageModel:
     """The common model in ``folder``, clients' own in ``folder/<client>``; returns the base."""
-    strategy, labels = federation.strategy, federation.labels
-    sites = federation.worker.sites
+    strategy, labels, model = federation.strategy, federation.labels, federation.model
+    clients = federation.clients
+    sites = clients.sites if isinstance(clients, Worker) else {}  # others keep their own
     candidate = strategy.candidate(end.server)
-    any_site = next(iter(sites.values()))
-    model = any_site.server_model or any_site.model
     personal = candidate is not None and any(name not in candidate for name in model.initial)
     if candidate is not None and not personal:
         save_adapter(model, candidate, folder, labels)

@@ -17,6 +17,8 @@ from fedllm.checkpoint import Committed
 from fedllm.exchange import Exchange
 from fedllm.ledger import Ledger
 from fedllm.message import Failure, Message, Role, of_role
+from fedllm.models.loading import LanguageModel
+from fedllm.remote import Distant
 from fedllm.strategies.base import Group, ServerState, Strategy
 from fedllm.streams import stream
 from fedllm.training.evaluate import Metrics, add, metrics
@@ -34,9 +36,16 @@ class Federation:
     seed: int
     strategy: Strategy
     exchange: Exchange
-    worker: Worker
+    clients: Worker | Distant
     ledger: Ledger
     labels: Sequence[str]
+    model: LanguageModel
+
+    @property
+    def worker(self) -> Worker:
+        """The clients, where they are in this process."""
+        assert isinstance(self.clients, Worker)
+        return self.clients
 
 
 def run(federation: Federation, begin: Committed, commit: Callable[[Committed], None]) -> Committed:
@@ -58,9 +67,9 @@ def run(federation: Federation, begin: Committed, commit: Callable[[Committed], 
         every = experiment.evaluation.every
         if number == experiment.rounds or (every and number % every == 0):
             entry |= evaluate(federation, state)
+        states = federation.clients.snapshot()
         federation.ledger.commit()
-        history = [*committed.history, entry]
-        committed = Committed(number, state, federation.worker.snapshot(), history)
+        committed = Committed(number, state, states, [*committed.history, entry])
         commit(committed)
     return committed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ class Worker:
     def _answer(self, site: Site, message: Message) -> Tasked[Message]:
         if message.task == "evaluate":
             return (yield from self._evaluate(site, message))
+        if message.task == "save":
+            return Message("commit", facts={"state": self.snapshot().get(site.name, "")})
         task = self.strategy.tasks.get(message.task)
         if task is None:
             raise FedllmError(f"this strategy has no task {message.task!r}")
@@ -157,6 +160,10 @@ class Worker:
             "rouge": torch.tensor([score], dtype=torch.float64),
             "rouge_units": torch.tensor([count], dtype=torch.int64),
         }
+
+    def attach(self, folder: Path) -> None:
+        """Where to keep the clients' states."""
+        self.states.attach(folder)
 
     def snapshot(self) -> dict[str, str]:
         """Every client's state, by name, for a checkpoint."""

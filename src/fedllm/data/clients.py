@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 
-from fedllm.data.examples import Examples, join
+from fedllm.data.examples import NOTHING, Examples, join
 
 BLOCK = 256  # clients whose rows are joined at once
 
@@ -46,6 +46,8 @@ class Clients(Mapping[str, ClientData]):
         while block := dict(islice(rest, BLOCK)):
             sizes |= {name: (len(data.train), len(data.test)) for name, data in block.items()}
             pools.append(_joined(list(block.values())))
+        if not pools:  # a server of other people's rows
+            return Clients(NOTHING, NOTHING, sizes)
         whole = _joined(pools)
         return Clients(whole.train, whole.test, sizes)
 

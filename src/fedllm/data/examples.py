@@ -125,6 +125,9 @@ class Examples:
         return Examples(self.flat, self.ends, EMPTY, ones, EMPTY, hash=self.hash)
 
 
+NOTHING = Examples(np.zeros(0, np.int32), EMPTY, EMPTY, EMPTY, EMPTY)
+
+
 def packed(rows: Sequence[Sequence[int]]) -> tuple[Tokens, Ints]:
     """Rows of tokens one after another, and where each ends."""
     return (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.aggregation import RULES
-from fedllm.data.examples import Examples
+from fedllm.data.examples import NOTHING, Examples
 from fedllm.errors import FedllmError
 from fedllm.exchange import Exchange
 from fedllm.flat import Ints
@@ -30,6 +30,7 @@ from fedllm.training.meter import Meter
 from fedllm.training.objectives import Distillation
 
 Z = "logits"
+NO_PUBLIC = "strategy.kind = 'logits': there is no public set; set public.size or public.source"
 
 
 class Logits:
@@ -42,9 +43,9 @@ class Logits:
     ) -> None:
         """``model``: the server's.  ``public``: rows that everybody has; FedllmError without."""
         if public is None or not len(public):
-            raise FedllmError(
-                "strategy.kind = 'logits': there is no public set; set public.size or public.source"
-            )
+            if not setup.public.ship:  # then it will come
+                raise FedllmError(NO_PUBLIC)
+            public = NOTHING
         self.options, self.setup, self.model, self.public = options, setup, model, public
         self.rule = RULES[options.knowledge]
         self.tasks: Tasks = {"know": self.know, "digest": self.digest, "receive": self.receive}

@@ -100,16 +100,19 @@ class Sessions:
     window: int | None = None
 
     def __init__(
-        self, address: str, keys: Keys | None, check: Callable[[str, Facts], str] = lambda *_: "",
+        self, address: str, keys: Keys | None, names: Sequence[str] = (),
+        check: Callable[[str, Facts], str] = lambda *_: "",
         greet: Callable[[str], Facts] = lambda _: {}, patience: float = 60.0,
         largest: int = LARGEST, most: int = 1000,
     ) -> None:  # fmt: skip
         """
         address: host and port to listen on (port 0: any).  keys: None only where somebody wrote
-        ``insecure``.  greet: what a site that opens a session is told.  patience: seconds that a
-        site may be away.  largest: bytes of a frame.  most: sites at once.
+        ``insecure``.  names: of all sites, whether or not they are there; none: of those that are.
+        greet: what a site that opens a session is told.  patience: seconds that a site may be away.
+        largest: bytes of a frame.  most: sites at once.
         """
-        self._check, self._greet = check, greet
+        self.check, self.greet = check, greet
+        self._names = sorted(names)
         self._keys, self._patience = keys, patience
         self._lock = threading.Lock()
         self._links: dict[str, _Link] = {}
@@ -148,7 +151,7 @@ class Sessions:
     def wait(self, names: Sequence[str], seconds: float) -> list[str]:
         """Wait until these sites are there; returns who is missing after so many seconds."""
         until = time.monotonic() + seconds
-        while missing := [name for name in names if name not in self.clients()]:
+        while missing := [name for name in names if name not in self.present()]:
             if time.monotonic() > until:
                 return missing
             time.sleep(0.05)
@@ -161,6 +164,10 @@ class Sessions:
     # transport --------------------------------------------------------------------------------
 
     def clients(self) -> Sequence[str]:
+        """All sites of the federation."""
+        return self._names or self.present()
+
+    def present(self) -> list[str]:
         """Sites with a session, also while their stream is broken."""
         with self._lock:
             return sorted(self._links)
@@ -208,14 +215,8 @@ class Sessions:
                 self._links.pop(client, None)
         for number, client in lost:
             LOG.warning("site %s is gone", client)
-            reason = f"the site is gone (no connection for {self._patience:g} s)"
+            reason = f"the site is not there (no connection for {self._patience:g} s)"
             yield str(number), Failure(client, "", reason)
-
-    def forget(self, id: str) -> None:
-        """Nobody waits for this answer any more; it is still given if it comes."""
-        with self._lock:
-            for link in self._links.values():
-                link.waiting.pop(int(id), None)
 
     def __enter__(self) -> Sessions:
         """For ``with``: closed in the end, without which the process would wait for the sites."""
@@ -282,7 +283,7 @@ class Sessions:
                     raise FedllmError(f"session: {name!r} has no valid token (each opens one)")
                 if time.monotonic() > until:
                     raise FedllmError(f"session: the token of {name!r} has expired")
-                if reason := self._check(name, hello):
+                if reason := self.check(name, hello):
                     raise FedllmError(reason)
                 before, link = link, _Link(name, secrets.token_urlsafe(32), facts=hello)
                 self._links[name] = link
@@ -291,7 +292,7 @@ class Sessions:
                     link.out, before.out = before.out, None
             if link.out is not None:
                 link.out.put(None)
-            greeting = {} if secret else self._greet(name)
+            greeting = {} if secret else self.greet(name)
             out.put(_session("welcome", {**greeting, "secret": link.secret}))
             for number, frame in sorted(link.waiting.items()):
                 out.put(_numbered(number, frame))

@@ -1,0 +1,107 @@
+"""
+A run across machines: the server calls its sites, and a site that is called takes part.
+
+Who carries the call (an order of a few lines) from the one to the other is the engine's business;
+all else goes through a session that the site opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedllm import experiment as ex
+from fedllm import federation
+from fedllm.errors import FedllmError
+from fedllm.federation import Listener
+from fedllm.message import Failure
+from fedllm.remote import Facts
+from fedllm.site import Hosted, prepare_server
+from fedllm.transport.session import Keys, Sessions, attend
+
+Order = dict[str, str | int]
+"""experiment (TOML), seed, run, address and token of the session: all that a call says."""
+
+
+class Called:
+    """Sites that come when they are called: sessions, and how to call."""
+
+    window: int | None = None
+
+    def __init__(
+        self, sessions: Sessions, names: Sequence[str], call: Callable[[str, str], None],
+        seconds: float,
+    ) -> None:  # fmt: skip
+        """call: (site, token).  seconds: to wait for all of them."""
+        self.sessions, self._names, self._call = sessions, list(names), call
+        self._seconds = seconds
+
+    def begin(self, greet: Callable[[str], Facts], refuse: Callable[[str, Facts], str]) -> None:
+        """Call everybody and wait. Raises FedllmError naming who did not come."""
+        self.sessions.greet, self.sessions.check = greet, refuse
+        for name in self._names:
+            self._call(name, self.sessions.admit(name))
+        if missing := self.sessions.wait(self._names, self._seconds):
+            raise FedllmError(
+                f"{', '.join(missing)} did not come within {self._seconds:g} s; "
+                "the site's log says why"
+            )
+
+    def clients(self) -> Sequence[str]:
+        """All sites of the federation."""
+        return self.sessions.clients()
+
+    def post(self, client: str, frame: bytes) -> str:
+        """Send a frame."""
+        return self.sessions.post(client, frame)
+
+    def collect(self, timeout: float | None = None) -> Iterator[tuple[str, bytes | Failure]]:
+        """Answers as they come."""
+        return self.sessions.collect(timeout)
+
+
+def lead(
+    experiment: ex.Experiment, seed: int, folder: Path, sessions: Sessions, names: Sequence[str],
+    call: Callable[[str, Order], None], *, resume: bool = False, listener: Listener | None = None,
+    seconds: float = 300.0,
+) -> dict[str, Any]:  # fmt: skip
+    """
+    The server's half of a run over these sites, into ``folder``; returns its summary.
+
+    call: brings an order to a site.  seconds: to wait until all have come.
+    """
+    text = ex.dump(experiment)
+
+    def order(name: str, token: str) -> None:
+        run = federation.run_id(experiment, seed)
+        call(name, {"experiment": text, "seed": seed, "run": run,
+                    "address": sessions.address, "token": token})  # fmt: skip
+
+    return federation.run(
+        experiment, seed, folder, resume=resume, listener=listener,
+        prepared=prepare_server(experiment, seed),
+        remote=Called(sessions, names, order, seconds),
+    )  # fmt: skip
+
+
+def take_part(
+    order: Mapping[str, Any], site: ex.SiteFile, folder: Path, keys: Keys | None,
+    patience: float = 60.0,
+) -> None:  # fmt: skip
+    """
+    A site's half: build it, dial the server, answer until it says good-bye.
+
+    folder: of the site; the run has one of its own in it.  Raises FedllmError for an order that
+    the site does not allow or cannot follow.
+    """
+    path = folder / "site.toml"
+    experiment = ex.parse_text(str(order["experiment"]), "the server's experiment", path.parent)
+    run = str(order["run"])
+    if Path(run).name != run or run in ("", ".", ".."):
+        raise FedllmError(f"the server's run {run!r}: not the name of a folder")
+    hosted = Hosted(experiment, int(order["seed"]), site, run, folder / "runs" / run)
+    attend(
+        str(order["address"]), site.name, str(order["token"]), keys, hosted.answer, hosted.facts,
+        hosted.welcomed, patience,
+    )  # fmt: skip

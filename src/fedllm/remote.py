@@ -1,0 +1,72 @@
+"""Clients in other processes, as the server sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import fedllm
+from fedllm.exchange import Exchange
+from fedllm.message import Message
+from fedllm.transport import Transport
+
+Facts = dict[str, int | float | str]
+
+
+class Remote(Transport, Protocol):
+    """A transport to sites that have to be called first."""
+
+    def begin(self, greet: Callable[[str], Facts], refuse: Callable[[str, Facts], str]) -> None:
+        """
+        Call the sites, and wait until they are there.
+
+        greet: what a site is told that comes.  refuse: why one is turned away, given what it says
+        of itself; empty: it is not.  Raises FedllmError when too few come.
+        """
+        ...
+
+
+def hello(base: str, labels: Sequence[str]) -> Facts:
+    """What both sides must agree on before anything is trained."""
+    return {"version": fedllm.__version__, "base": base, "labels": "|".join(labels)}
+
+
+class Distant:
+    """
+    Keeps the names of the states that the sites saved; the states stay there.
+
+    A site that comes anew is told which of its states the last committed round had.
+    """
+
+    def __init__(self, base: str, labels: Sequence[str]) -> None:
+        """base: hash of the frozen weights.  labels: in the order of their numbers."""
+        self.exchange: Exchange
+        self._ours = hello(base, labels)
+        self._names: dict[str, str] = {}
+
+    def attach(self, folder: Path) -> None:
+        """Nothing of the sites' states is kept here."""
+
+    def snapshot(self) -> dict[str, str]:
+        """Have everybody who is there save its state; who is not keeps its last one."""
+        asked = dict.fromkeys(self.exchange.transport.clients(), Message("commit", "save"))
+        for client, reply in self.exchange.ask(asked):
+            if isinstance(reply, Message) and reply.facts["state"]:
+                self._names[client] = str(reply.facts["state"])
+        return dict(sorted(self._names.items()))
+
+    def restore(self, names: Mapping[str, str]) -> None:
+        """Go on from a checkpoint: the sites will be told when they come."""
+        self._names = dict(names)
+
+    def greet(self, name: str) -> Facts:
+        """What a site that comes anew has to know."""
+        return {"state": self._names.get(name, "")}
+
+    def refuse(self, name: str, facts: Facts) -> str:
+        """Why a site is turned away: another version, base, or list of labels."""
+        for key, value in self._ours.items():
+            if facts.get(key) != value:
+                return f"site {name!r} has {key} {facts.get(key)!r}, the server {value!r}"
+        return ""

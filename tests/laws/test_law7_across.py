@@ -1,0 +1,233 @@
+"""Law 7: over sessions, with every site a process of its own, a run is the one in process."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedllm import experiment as ex
+from fedllm import federation, ledger
+from fedllm.across import Order, lead
+from fedllm.data.simulation import divide
+from fedllm.federation import Silent
+from fedllm.transport.keys import authority, issue, request, write
+from fedllm.transport.session import Keys, Sessions
+from small import experiment
+
+PROCESS = Path(__file__).parents[1] / "site_process.py"
+STRATEGIES: list[dict[str, Any]] = [
+    {"kind": "parameters"},
+    {"kind": "logits"},
+    {"kind": "activations", "cut": 2},
+]
+
+
+def rows(path: Path, rows: list[dict[str, str]]) -> str:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "intent"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+class Sites:
+    """Three sites with the rows that the simulation gives its clients."""
+
+    def __init__(self, folder: Path, spec: ex.Experiment) -> None:
+        self.folder, self.processes = folder, {}  # type: ignore[var-annotated]
+        own = authority("test")
+        division = divide(spec, ("text", "intent"), 0)
+        self.public = rows(folder / "public.csv", list(division.public))
+        self.names = list(division.clients)
+        for name in [*self.names, "server"]:
+            key, asked = request(name, ["127.0.0.1"])
+            write(folder / name / "ca.pem", own.certificate)
+            write(folder / name / "certificate.pem", issue(own, asked))
+            write(folder / name / "key.pem", key, private=True)
+            if name == "server":
+                self.keys = Keys(own.certificate, issue(own, asked), key)
+                continue
+            mine = division.clients[name]
+            rows(folder / name / "train.csv", list(mine.train))
+            rows(folder / name / "test.csv", list(mine.test))
+            (folder / name / "site.toml").write_text(
+                f'name = "{name}"\n[data]\ntrain = "train.csv"\ntest = "test.csv"\n'
+                f'public = "{self.public}"\n'
+            )
+        data = spec.data.model_copy(update={"labels": division.labels})
+        public = spec.public.model_copy(update={"source": self.public, "size": 0})
+        self.spec = spec.replace(data=data, public=public)
+
+    def call(self, name: str, order: Order) -> None:
+        (self.folder / name / "order.json").write_text(json.dumps(order))
+        log = (self.folder / name / "log.txt").open("a")
+        self.processes[name] = subprocess.Popen(
+            [sys.executable, str(PROCESS), str(self.folder / name)], stderr=log
+        )
+
+    def lead(self, run: str, **more: Any) -> dict[str, Any]:
+        with Sessions("127.0.0.1:0", self.keys, self.names, patience=10.0) as sessions:
+            self.sessions = sessions
+            return lead(
+                self.spec, 0, self.folder / run, sessions, self.names, self.call, seconds=120,
+                **more,
+            )  # fmt: skip
+
+    def log(self) -> str:
+        return "\n".join((self.folder / name / "log.txt").read_text() for name in self.names)
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def stopping() -> Iterator[list[Sites]]:
+    made: list[Sites] = []
+    yield made
+    for sites in made:
+        sites.stop()
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.glob("adapter/*.safetensors"))}  # fmt: skip
+
+
+def counted(path: Path) -> dict[tuple[Any, ...], tuple[int, ...]]:
+    """Bytes and arithmetic of every step but the sites' saving."""
+    return {
+        (r.round, r.step, r.client, r.direction, r.role):
+            (r.payload_bytes, r.wire_bytes, r.flops, r.optimizer_steps, r.frames)
+        for r in ledger.read(path / "ledger.jsonl")
+        if r.step != "commit" and r.role not in ("measurement", "header")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s["kind"])
+def test_a_run_over_processes_is_the_one_in_process(
+    tmp_path: Path, strategy: dict[str, Any], stopping: list[Sites]
+) -> None:
+    spec = experiment(
+        rounds=2, strategy=strategy, tunables={"dropout": 0.1},
+        training={"optimizer": "adam", "rate": 0.003, "optimizer_state": "keep"},
+        simulation={"cohort": 1, "test_examples": 30},
+    )  # fmt: skip
+    sites = Sites(tmp_path, spec)
+    stopping.append(sites)
+    torch.set_num_threads(1)
+    # the same public rows, in the order of their file
+    inside = sites.spec.replace(public=sites.spec.public)
+    prepared = federation.prepare(
+        inside, 0, divided=lambda columns: together(spec, sites.spec, columns)
+    )
+    federation.run(inside, 0, tmp_path / "inside", prepared=prepared)
+    try:
+        sites.lead("across")
+    except Exception as error:
+        raise AssertionError(sites.log()) from error
+    assert weights(tmp_path / "inside") == weights(tmp_path / "across") != {}
+    assert counted(tmp_path / "inside") == counted(tmp_path / "across")
+    one, other = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("inside", "across")
+    )
+    assert one["global"] == other["global"]
+    for name, process in sites.processes.items():
+        assert process.wait(timeout=30) == 0
+        lines = (tmp_path / name / "runs").rglob("audit.jsonl")
+        steps = [json.loads(line)["step"] for path in lines for line in path.open()]
+        assert steps.count("commit") == 2
+
+
+def together(spec: ex.Experiment, named: ex.Experiment, columns: Any) -> Any:
+    """The clients of the simulation, the public set of the sites' file."""
+    from dataclasses import replace
+
+    from fedllm.data import own
+
+    return replace(divide(spec, columns, 0), public=own.division(named, columns, None).public)
+
+
+class Kill(Silent):
+    """Kills a site, or this server, after a round."""
+
+    def __init__(self, sites: Sites, number: int, client: str | None) -> None:
+        self.sites, self.number, self.client = sites, number, client
+        self.notes: list[str] = []
+
+    def round(self, entry: Any) -> None:
+        if entry["round"] != self.number:
+            return
+        if self.client is None:
+            raise KeyboardInterrupt
+        self.sites.processes[self.client].send_signal(signal.SIGKILL)
+        self.sites.processes[self.client].wait()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_killed_site_is_named_and_the_others_go_on(tmp_path: Path, stopping: list[Sites]) -> None:
+    spec = experiment(
+        rounds=3, training={"rate": 0.003}, exchange={"minimum_replies": 2, "deadline": 5.0}
+    )
+    sites = Sites(tmp_path, spec)
+    stopping.append(sites)
+    listener = Kill(sites, 1, "client-2")
+    start = time.monotonic()
+    summary = sites.lead("across", listener=listener)
+    assert time.monotonic() - start < 90
+    assert [entry["round"] for entry in summary["history"]] == [1, 2, 3]
+    failed = [r for r in ledger.read(tmp_path / "across" / "ledger.jsonl") if r.failures]
+    assert {r.client for r in failed} == {"client-2"}
+    assert any("client-2" in note and "no answer within 5 s" in note for note in listener.notes)
+
+
+def test_a_server_that_stopped_goes_on_with_the_same_sites(
+    tmp_path: Path, stopping: list[Sites]
+) -> None:
+    """Their states are theirs, and as of the last committed round."""
+    spec = experiment(
+        rounds=3, strategy={"kind": "logits"},
+        training={"optimizer": "adam", "rate": 0.003, "optimizer_state": "keep"},
+    )  # fmt: skip
+    sites = Sites(tmp_path, spec)
+    stopping.append(sites)
+    sites.lead("whole")
+    for name in sites.names:
+        (tmp_path / name / "runs").rename(tmp_path / name / "runs of the whole")
+    with pytest.raises(KeyboardInterrupt):
+        sites.lead("cut", listener=Kill(sites, 2, None))
+    sites.stop()
+    sites.lead("cut", resume=True)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut") != {}
+
+
+def test_what_a_site_does_not_allow_is_refused_before_it_dials(
+    tmp_path: Path, stopping: list[Sites]
+) -> None:
+    from fedllm.across import take_part
+    from fedllm.errors import FedllmError
+
+    sites = Sites(tmp_path, experiment(strategy={"kind": "activations"}))
+    order: Order = {"experiment": ex.dump(sites.spec), "seed": 0, "run": "r", "address": "",
+                    "token": ""}  # fmt: skip
+    site = ex.load_site(tmp_path / "client-1" / "site.toml")
+    for allow, reason in (
+        ({"strategies": ["parameters"]}, "allow.strategies"), ({"labels": False}, "allow.labels"),
+        ({"tunables": ["adapter"]}, "allow.tunables"), ({"largest_rank": 1}, "allow.largest_rank"),
+    ):  # fmt: skip
+        strict = site.model_copy(update={"allow": ex.Allow.model_validate_json(json.dumps(allow))})
+        with pytest.raises(FedllmError, match=reason):
+            take_part(order, strict, tmp_path / "client-1", None)
+    with pytest.raises(FedllmError, match="not the name of a folder"):
+        take_part({**order, "run": "../up"}, site, tmp_path / "client-1", None)

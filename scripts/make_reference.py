@@ -28,8 +28,7 @@ INTRO = """\
 One TOML file says what is trained, on what, and what clients exchange. Every key but one (the
 `column` of a partition by column) has a default, so a file holds only what differs. An unknown
 key, a wrong type or a value out of range is an error that names the key. `fedllm check FILE` says
-what a file would do. A
-federation over several machines [does not exist yet](across-machines.md).
+what a file would do. [Across machines](across-machines.md) all of it holds but `[simulation]`.
 
 - A path in `model.name`, `model.tokenizer`, `simulation.source`, `simulation.test`,
   `public.source` or `client_models` is relative to the file's folder. A name that is no existing

@@ -39,13 +39,14 @@ ALLOWED = {
     "remote": EXCHANGE,
     "site": FEDERATION,
     "across": FEDERATION | {"site"},
+    "operate": LOW | {"transport"},
     "checkpoint": STRATEGIES,
     "round": ROUND,
     "federation": ROUND | {"federation"},
     "compare": FEDERATION,
     "predict": FEDERATION,
     "report": FEDERATION,
-    "cli": FEDERATION | {"predict"},
+    "cli": FEDERATION | {"predict", "operate"},
     "__init__": {"errors"},
 }
 
@@ -89,8 +90,8 @@ def test_only_the_exchange_calls_codecs_and_transport() -> None:
         part(path) for path in SOURCE.rglob("*.py") if imported(path) & {"codecs", "transport"}
     }
     # the federation builds a transport and hands it over
-    # across opens sessions, remote names the protocol
-    builders = {"federation", "across", "remote"}
+    # across opens sessions, remote names the protocol, operate makes keys
+    builders = {"federation", "across", "remote", "operate"}
     assert callers <= {"exchange", "codecs", "transport"} | builders
 
 

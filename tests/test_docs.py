@@ -74,6 +74,10 @@ def test_python_blocks_run(
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "toml")], ids=name_of)
 def test_toml_blocks_are_experiments(page: Path, tmp_path: Path) -> None:
     for line, block in blocks(page, "toml"):
+        if block.startswith("# site.toml"):
+            (tmp_path / "site.toml").write_text(block)
+            ex.load_site(tmp_path / "site.toml")
+            continue
         ex.parse(tomllib.loads(block), f"{page.name}:{line + 1}", tmp_path)
 
 
@@ -89,7 +93,11 @@ def test_commands_and_targets_exist(page: Path) -> None:
         if words[:1] == ["fedllm"] and not words[1].startswith("-"):
             named.append(words[1])
             assert words[1] in COMMANDS, line
-            known = {o for p in COMMANDS[words[1]].params for o in p.opts} | {"--help"}
+            command = COMMANDS[words[1]]
+            if hasattr(command, "commands"):
+                assert words[2] in command.commands, line
+                command = command.commands[words[2]]
+            known = {o for p in command.params for o in p.opts} | {"--help"}
             options = {word.partition("=")[0] for word in words if word.startswith("--")}
             assert options <= known, line
     assert set(named) <= set(COMMANDS)

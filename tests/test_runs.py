@@ -1,6 +1,7 @@
 """Runs as a user starts them: folders, resume, comparison, the command line."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -99,8 +100,43 @@ def test_a_killed_process_leaves_a_resumable_run(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    whole = ["whole" if word == "out" else word for word in command]
+    assert subprocess.run(whole, cwd=tmp_path, capture_output=True).returncode == 0
+    assert same_bits(tmp_path / "out", tmp_path / "whole")
     assert [entry["round"] for entry in summary["history"]] == list(range(1, 13))
     assert {row.round for row in read(tmp_path / "out" / "ledger.jsonl")} == set(range(1, 13))
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def test_a_full_disk_leaves_a_resumable_run(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.csv", 60)
+    (tmp_path / "one.toml").write_text(BASE)
+    command = [sys.executable, "-m", "fedllm.cli", "run", "one.toml", "--quiet",
+               "--set", "rounds=25", "--set", "evaluation.every=0", "--set", "tunables.rank=1",
+               "--set", "tunables.head=frozen", "--out"]  # fmt: skip
+    most = 60_000  # bytes of a file; the ledger grows larger than that
+    full = subprocess.run(
+        [*command, "out"], cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+    )  # fmt: skip
+    assert full.returncode == 2, full.stderr
+    assert "--resume goes on" in full.stderr
+    assert "Traceback" not in full.stderr
+    before = load(tmp_path / "out" / "checkpoints")
+    assert before is not None
+    assert 1 <= before.round < 25
+    for folder, more in (("out", ["--resume"]), ("whole", [])):
+        done = subprocess.run([*command, folder, *more], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0
+    assert same_bits(tmp_path / "out", tmp_path / "whole")
+    one, two = (read(tmp_path / name / "ledger.jsonl") for name in ("out", "whole"))
+    assert plain(one) == plain(two)
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,34 +92,41 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def load(folder: Path, states_here: bool = True) -> Committed | None:
+def load(
+    folder: Path, states_here: bool = True, tell: Callable[[str], None] = lambda _: None
+) -> Committed | None:
     """
-    The newest committed round, or None if there is none.
+    The newest committed round that is whole, or None if none was committed.
 
     states_here: the clients' states lie beside it, and are checked; those of sites do not.
-    Raises FedllmError when it is damaged, naming the file and the round to fall back to.
+    tell: hears of a damaged one and of the round gone back to. Raises FedllmError when all are
+    damaged.
     """
-    found = _rounds(folder)
-    if not found:
-        return None
-    newest = found[-1]
-    other = f"remove {newest} to go on from {found[-2].name}" if found[:-1] else (
-        f"remove {newest} to start again"
-    )  # fmt: skip
+    wrong = ""
+    for path in reversed(_rounds(folder)):
+        try:
+            found = _load(path, folder, states_here)
+        except FedllmError as error:
+            wrong = wrong or str(error)
+            continue
+        if wrong:
+            tell(f"{wrong}: going on from {path.name}")
+        return found
+    if wrong:
+        raise FedllmError(f"{wrong}; none before it is whole: take another --out to start again")
+    return None
+
+
+def _load(path: Path, folder: Path, states_here: bool) -> Committed:
     try:
-        facts = json.loads((newest / "state.json").read_text())
-        data = (newest / "server.safetensors").read_bytes()
+        facts = json.loads((path / "state.json").read_text())
+        data = (path / "server.safetensors").read_bytes()
         if hashlib.sha256(data).hexdigest() != facts["hash"]:
-            raise FedllmError(
-                f"{newest / 'server.safetensors'}: damaged checkpoint (hash differs); {other}"
-            )
+            raise FedllmError(f"{path / 'server.safetensors'}: damaged checkpoint (hash differs)")
         server = _unflat(safetensors.torch.load(data))
         clients = dict(facts["clients"])
-        try:
-            if states_here:
-                states.verify(states_in(folder), clients.values())
-        except FedllmError as error:
-            raise FedllmError(f"{error}; {other}") from None
+        if states_here:
+            states.verify(states_in(folder), clients.values())
         state = ServerState(
             server.get("shared", {}), server.get("optimizer", {}),
             {k.removeprefix("client:"): v for k, v in server.items() if k.startswith("client:")},
@@ -126,6 +134,4 @@ def load(folder: Path, states_here: bool = True) -> Committed | None:
         )  # fmt: skip
         return Committed(int(facts["round"]), state, clients, facts["history"])
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise FedllmError(
-            f"{newest}: damaged checkpoint ({type(error).__name__}: {error}); {other}"
-        ) from None
+        raise FedllmError(f"{path}: damaged checkpoint ({type(error).__name__}: {error})") from None

@@ -205,5 +205,59 @@ def export(
     typer.echo(f"wrote {write(folder, out, merge, client)}")
 
 
+server = typer.Typer(no_args_is_help=True, help="The server's end of a federation of sites.")
+site = typer.Typer(no_args_is_help=True, help="A site's end of a federation.")
+app.add_typer(server, name="server")
+app.add_typer(site, name="site")
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The server's or site's own folder.")]
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """What needs the extra ``flower`` says so."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise FedllmError(f"{error.name} is not installed: pip install 'fedllm[flower]'") from None
+
+
+@server.command("init")
+def server_init(
+    folder: Folder,
+    host: Annotated[
+        list[str], typer.Option("--host", help="Name or address sites dial; repeatable.")
+    ],
+) -> None:
+    """Make an authority and the server's certificate."""
+    with _extra():
+        from fedllm.operate import init_server
+    for path in init_server(folder, host):
+        typer.echo(f"wrote {path}")
+
+
+@server.command("sign")
+def server_sign(
+    folder: Folder,
+    request: Annotated[Path, typer.Argument(metavar="REQUEST", help="A site's request.pem.")],
+) -> None:
+    """Sign a site's request: certificate.pem and ca.pem beside it, to send back."""
+    with _extra():
+        from fedllm.operate import sign
+    typer.echo(f"wrote {sign(folder, request)}\nsend it and ca.pem back to the site")
+
+
+@site.command("init")
+def site_init(
+    folder: Folder,
+    name: Annotated[str, typer.Option("--name", help="The site's name in the federation.")],
+) -> None:
+    """Make a site's keys, its request for a certificate, and a commented site.toml."""
+    with _extra():
+        from fedllm.operate import init_site
+    for path in init_site(folder, name):
+        typer.echo(f"wrote {path}")
+    typer.echo("next: write your files into site.toml, and send request.pem to the server")
+
+
 if __name__ == "__main__":
     main()

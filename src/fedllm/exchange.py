@@ -200,6 +200,10 @@ class Exchange:
         try:
             reply, wire, used = decode(answer)
         except FedllmError as error:
+            self.ledger.add(
+                Row(self.run, self.round, request.step, client, "up", role="damaged",
+                    wire_bytes=len(answer), frames=1, cohort=cohort)
+            )  # fmt: skip
             return Failure(client, request.step, str(error))
         self._frame(len(answer), wire, used, client, "up", cohort)
         self._costs(client, dict(reply.facts), cohort)

@@ -392,7 +392,10 @@ def run(
         done = folder / "summary.json"
         if done.exists():
             return dict(json.loads(done.read_text()))
-    begin = checkpoint.load(folder / "checkpoints", remote is None) if resume else None
+    notes = list(prepared.notes)
+    begin = None
+    if resume:
+        begin = checkpoint.load(folder / "checkpoints", remote is None, notes.append)
     ledger = Ledger()
     name = run_id(experiment, seed)
     federation = assemble(experiment, seed, prepared, ledger, name, listener, remote)
@@ -405,7 +408,7 @@ def run(
         federation.ledger.attach(folder / "ledger.jsonl", upto)
         with (folder / "log.txt").open("a") as log:
             log.write(_log(f"start after round {upto}"))
-            for note in prepared.notes:
+            for note in notes:
                 listener.note(note)
                 log.write(_log(note))
             if begin is None:
@@ -425,10 +428,15 @@ def run(
 
             end = round.run(federation, begin, commit)
             log.write(_log("done"))
-    except FedllmError:
+    except (FedllmError, OSError) as error:
         if fresh and not (folder / "checkpoints").exists():
             shutil.rmtree(folder, ignore_errors=True)  # nothing half-written stays behind
-        raise
+        if isinstance(error, FedllmError):
+            raise
+        raise FedllmError(
+            f"{folder}: cannot be written ({error.strerror or error}); committed rounds are kept: "
+            "the same command with --resume goes on"
+        ) from None
     model = _save_models(federation, end, folder / "adapter")
     summary = summarize(experiment, seed, federation.ledger.rows, end.history, prepared)
     summary["fedllm"] = fedllm.__version__

@@ -123,6 +123,19 @@ def issue(authority: Authority, asked: bytes, days: int = DAYS) -> bytes:
     return _signed(builder, days, key)
 
 
+def node_keys() -> tuple[bytes, bytes]:
+    """A key pair by which an engine knows a node: private and public, in OpenSSH's format."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )  # fmt: skip
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    return private, public + b"\n"
+
+
 def write(path: Path, data: bytes, private: bool = False) -> None:
     """Write a file whole or not at all; a private one for its owner alone."""
     path.parent.mkdir(parents=True, exist_ok=True)

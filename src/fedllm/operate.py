@@ -1,0 +1,98 @@
+"""Folders of a federation's server and sites: keys, certificates, and a site's file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedllm.errors import FedllmError
+from fedllm.transport.keys import Authority, authority, issue, node_keys, request, write
+from fedllm.transport.session import Keys
+
+SITE = """\
+# What this site has, and what it allows. Nothing leaves it but answers to an experiment that this
+# file allows; audit.jsonl in the run's folder says what left.
+name = "{name}"
+
+[data]                        # columns are those that the experiment's [data] names
+train = "train.csv"           # .csv, .json or .jsonl, relative to this file
+test = "test.csv"
+# public = "public.csv"       # for the logits strategy, unless the server sends it
+
+[allow]                       # what is commented out is allowed
+# strategies = ["parameters", "logits", "activations"]
+# tunables = ["lora", "adapter", "bitfit", "prompt", "prefix", "full"]
+# largest_rank = 16
+# labels = false              # labels stay here: activations then need strategy.labels = "client"
+# logits = false
+"""
+
+
+def _fresh(folder: Path, names: Sequence[str]) -> None:
+    taken = [name for name in names if (folder / name).exists()]
+    if taken:
+        raise FedllmError(f"{folder / taken[0]}: exists; nothing was written")
+
+
+def init_server(folder: Path, hosts: Sequence[str]) -> list[Path]:
+    """
+    An authority and the server's certificate for these names and addresses; returns what it wrote.
+
+    The authority's key signs sites: keep it off the server once all have their certificates.
+    Raises FedllmError where something is in the way.
+    """
+    _fresh(folder, ["authority.key", "ca.pem", "certificate.pem", "key.pem"])
+    own = authority(f"authority of {hosts[0]}")
+    key, asked = request("server", hosts)
+    write(folder / "authority.key", own.key, private=True)
+    write(folder / "ca.pem", own.certificate)
+    write(folder / "certificate.pem", issue(own, asked))
+    write(folder / "key.pem", key, private=True)
+    return [folder / name for name in ("authority.key", "ca.pem", "certificate.pem", "key.pem")]
+
+
+def sign(folder: Path, asked: Path) -> Path:
+    """
+    A certificate for a site's request, beside the request; returns its path.
+
+    Raises FedllmError for a folder without an authority, or a request that is none.
+    """
+    try:
+        own = Authority((folder / "ca.pem").read_bytes(), (folder / "authority.key").read_bytes())
+        data = asked.read_bytes()
+    except OSError as error:
+        raise FedllmError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    path = asked.with_name("certificate.pem")
+    write(path, issue(own, data))
+    write(asked.with_name("ca.pem"), own.certificate)
+    return path
+
+
+def init_site(folder: Path, name: str) -> list[Path]:
+    """
+    A site's keys, its request for a certificate, and a commented site.toml; what it wrote.
+
+    Private keys never leave this folder. Raises FedllmError where something is in the way.
+    """
+    if not name or not all(c.isalnum() or c in "-_." for c in name):
+        raise FedllmError(f"--name {name!r}: letters, digits, '-', '_' and '.' make a site's name")
+    _fresh(folder, ["key.pem", "request.pem", "site.toml", "node", "node.pub"])
+    key, asked = request(name, [])
+    private, public = node_keys()
+    write(folder / "key.pem", key, private=True)
+    write(folder / "request.pem", asked)
+    write(folder / "node", private, private=True)
+    write(folder / "node.pub", public)
+    write(folder / "site.toml", SITE.format(name=name).encode())
+    return [folder / n for n in ("key.pem", "request.pem", "node", "node.pub", "site.toml")]
+
+
+def keys_of(folder: Path) -> Keys:
+    """A server's or site's keys. Raises FedllmError saying which file is missing."""
+    try:
+        return Keys(*((folder / f"{n}.pem").read_bytes() for n in ("ca", "certificate", "key")))
+    except OSError as error:
+        raise FedllmError(
+            f"{error.filename}: cannot be read ({error.strerror}); 'fedllm site init' makes keys, "
+            "'fedllm server sign' the certificate"
+        ) from None

@@ -39,14 +39,16 @@ ALLOWED = {
     "remote": EXCHANGE,
     "site": FEDERATION,
     "across": FEDERATION | {"site"},
-    "operate": LOW | {"transport"},
+    "operate": LOW | {"transport", "experiment"},
+    "flower": FEDERATION | {"across", "operate"},
+    "engine": LOW | {"experiment", "flower"},
     "checkpoint": STRATEGIES,
     "round": ROUND,
     "federation": ROUND | {"federation"},
     "compare": FEDERATION,
     "predict": FEDERATION,
     "report": FEDERATION,
-    "cli": FEDERATION | {"predict", "operate"},
+    "cli": FEDERATION | {"predict", "operate", "engine"},
     "__init__": {"errors"},
 }
 
@@ -91,7 +93,7 @@ def test_only_the_exchange_calls_codecs_and_transport() -> None:
     }
     # the federation builds a transport and hands it over
     # across opens sessions, remote names the protocol, operate makes keys
-    builders = {"federation", "across", "remote", "operate"}
+    builders = {"federation", "across", "remote", "operate", "flower"}
     assert callers <= {"exchange", "codecs", "transport"} | builders
 
 

@@ -31,17 +31,20 @@ class Called:
 
     def __init__(
         self, sessions: Sessions, names: Sequence[str], call: Callable[[str, str], None],
-        seconds: float,
+        seconds: float, named: bool = True,
     ) -> None:  # fmt: skip
-        """call: (site, token).  seconds: to wait for all of them."""
+        """
+        call: (site, token).  seconds: to wait for all of them.  named: whether a call reaches the
+        site of that name, or one of all.
+        """
         self.sessions, self._names, self._call = sessions, list(names), call
-        self._seconds = seconds
+        self._seconds, self._named = seconds, named
 
     def begin(self, greet: Callable[[str], Facts], refuse: Callable[[str, Facts], str]) -> None:
         """Call everybody and wait. Raises FedllmError naming who did not come."""
         self.sessions.greet, self.sessions.check = greet, refuse
         for name in self._names:
-            self._call(name, self.sessions.admit(name))
+            self._call(name, self.sessions.admit(name if self._named else ""))
         if missing := self.sessions.wait(self._names, self._seconds):
             raise FedllmError(
                 f"{', '.join(missing)} did not come within {self._seconds:g} s; "
@@ -64,12 +67,13 @@ class Called:
 def lead(
     experiment: ex.Experiment, seed: int, folder: Path, sessions: Sessions, names: Sequence[str],
     call: Callable[[str, Order], None], *, resume: bool = False, listener: Listener | None = None,
-    seconds: float = 300.0,
+    seconds: float = 300.0, named: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """
     The server's half of a run over these sites, into ``folder``; returns its summary.
 
-    call: brings an order to a site.  seconds: to wait until all have come.
+    call: brings an order to a site.  seconds: to wait until all have come.  named: False where the
+    engine does not know which site is where; their certificates then say so.
     """
     text = ex.dump(experiment)
 
@@ -81,7 +85,7 @@ def lead(
     return federation.run(
         experiment, seed, folder, resume=resume, listener=listener,
         prepared=prepare_server(experiment, seed),
-        remote=Called(sessions, names, order, seconds),
+        remote=Called(sessions, names, order, seconds, named),
     )  # fmt: skip
 
 

@@ -83,14 +83,25 @@ def _root(
 
 
 @app.command()
-def run(file: File, set_: Set = None, out: Out = None, resume: Resume = False,
-        quiet: Quiet = False) -> None:  # fmt: skip
+def run(
+    file: File, set_: Set = None, out: Out = None, resume: Resume = False, quiet: Quiet = False,
+    on: Annotated[
+        Path | None, typer.Option("--on", metavar="DIR", help="On the sites of this server.")
+    ] = None,
+) -> None:  # fmt: skip
     """Run the experiment's one strategy."""
     from fedllm import compare, experiment, federation
     from fedllm.report import page, tables
 
     spec = experiment.load(file, set_ or ())
     folder = out or Path("runs") / spec.name
+    if on is not None:
+        from fedllm.engine import run_on
+
+        run_on(on, spec, folder, resume, typer.echo)
+        tables.show(compare.read(folder))
+        typer.echo(f"report: {page.write(folder)}")
+        return
     with _watched(quiet) as listener:
         if len(spec.seeds) == 1:
             summary = federation.run(spec, spec.seeds[0], folder, resume=resume, listener=listener)
@@ -227,12 +238,23 @@ def server_init(
     host: Annotated[
         list[str], typer.Option("--host", help="Name or address sites dial; repeatable.")
     ],
+    port: Annotated[
+        int, typer.Option("--port", help="Flower's; the next one is for sessions.")
+    ] = 8000,
 ) -> None:
-    """Make an authority and the server's certificate."""
+    """Make an authority, the server's certificate, and federation.toml."""
     with _extra():
         from fedllm.operate import init_server
-    for path in init_server(folder, host):
+    for path in init_server(folder, host, port):
         typer.echo(f"wrote {path}")
+
+
+@server.command("start")
+def server_start(folder: Folder) -> None:
+    """Run Flower's SuperLink, with TLS and node authentication, until Ctrl-C."""
+    from fedllm.engine import start_server
+
+    raise typer.Exit(start_server(folder, typer.echo))
 
 
 @server.command("sign")
@@ -257,6 +279,18 @@ def site_init(
     for path in init_site(folder, name):
         typer.echo(f"wrote {path}")
     typer.echo("next: write your files into site.toml, and send request.pem to the server")
+
+
+@site.command("start")
+def site_start(
+    folder: Folder,
+    to: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="The SuperLink.")],
+    port: Annotated[int, typer.Option("--port", help="A free port of this machine.")] = 9094,
+) -> None:
+    """Run Flower's SuperNode, and start it again whenever it ends, until Ctrl-C."""
+    from fedllm.engine import start_site
+
+    raise typer.Exit(start_site(folder, to, port, typer.echo))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -434,6 +434,20 @@ class SiteFile(Section):
     allow: Allow = Allow()
 
 
+class FederationFile(Section):
+    """
+    ``federation.toml`` in the server's folder: where sites find it, and who they are.
+
+    superlink: host and port of Flower.  sessions: host and port that sites dial for a run.
+    wait: seconds for all sites to come.
+    """
+
+    superlink: Annotated[str, Field(pattern=r"^[^:]+:\d+$")]
+    sessions: Annotated[str, Field(pattern=r"^[^:]+:\d+$")]
+    sites: tuple[str, ...] = ()
+    wait: Rate = 300.0
+
+
 PATHS = (("model", "name"), ("model", "tokenizer"), ("simulation", "source"),
          ("simulation", "test"), ("public", "source"))  # fmt: skip
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -471,17 +485,32 @@ def load_site(path: Path) -> SiteFile:
 
     Raises FedllmError as ``load`` does.
     """
+    values = _expand(_table(path), str(path))
+    for key in ("train", "test", "public"):
+        _resolve(values.get("data"), key, path.resolve().parent)
+    return _checked(SiteFile, values, path)
+
+
+def load_federation(path: Path) -> FederationFile:
+    """Read and check a ``federation.toml``. Raises FedllmError as ``load`` does."""
+    return _checked(FederationFile, _expand(_table(path), str(path)), path)
+
+
+def _table(path: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise FedllmError(f"{path}: cannot be read ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise FedllmError(f"{path}: not valid TOML: {error}") from None
-    values = _expand(values, str(path))
-    for key in ("train", "test", "public"):
-        _resolve(values.get("data"), key, path.resolve().parent)
+
+
+T = TypeVar("T", bound=Section)
+
+
+def _checked(kind: type[T], values: dict[str, Any], path: Path) -> T:
     try:
-        return SiteFile.model_validate_json(json.dumps(values, default=str), strict=True)
+        return kind.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         raise FedllmError(_explain(error, values, str(path))) from None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedllm import experiment as ex
 from fedllm.errors import FedllmError
-from fedllm.transport.keys import Authority, authority, issue, node_keys, request, write
+from fedllm.transport.keys import Authority, authority, issue, name_of, node_keys, request, write
 from fedllm.transport.session import Keys
 
 SITE = """\
@@ -34,28 +36,41 @@ def _fresh(folder: Path, names: Sequence[str]) -> None:
         raise FedllmError(f"{folder / taken[0]}: exists; nothing was written")
 
 
-def init_server(folder: Path, hosts: Sequence[str]) -> list[Path]:
+FEDERATION = """\
+# Where sites find the server: Flower's port, and the one for the sessions of a run.
+superlink = "{host}:{port}"
+sessions = "{host}:{sessions}"
+sites = []          # those whose request was signed
+"""
+
+
+def init_server(folder: Path, hosts: Sequence[str], port: int = 8000) -> list[Path]:
     """
     An authority and the server's certificate for these names and addresses; returns what it wrote.
 
+    port: of Flower; the one after it is for sessions.
     The authority's key signs sites: keep it off the server once all have their certificates.
     Raises FedllmError where something is in the way.
     """
-    _fresh(folder, ["authority.key", "ca.pem", "certificate.pem", "key.pem"])
+    names = ["authority.key", "ca.pem", "certificate.pem", "key.pem", "federation.toml"]
+    _fresh(folder, names)
     own = authority(f"authority of {hosts[0]}")
     key, asked = request("server", hosts)
     write(folder / "authority.key", own.key, private=True)
     write(folder / "ca.pem", own.certificate)
     write(folder / "certificate.pem", issue(own, asked))
     write(folder / "key.pem", key, private=True)
-    return [folder / name for name in ("authority.key", "ca.pem", "certificate.pem", "key.pem")]
+    text = FEDERATION.format(host=hosts[0], port=port, sessions=port + 1)
+    write(folder / "federation.toml", text.encode())
+    return [folder / name for name in names]
 
 
 def sign(folder: Path, asked: Path) -> Path:
     """
     A certificate for a site's request, beside the request; returns its path.
 
-    Raises FedllmError for a folder without an authority, or a request that is none.
+    The site is one of the federation from then on; with its node.pub beside the request Flower will
+    know it, too. Raises FedllmError for a folder without an authority, or a request that is none.
     """
     try:
         own = Authority((folder / "ca.pem").read_bytes(), (folder / "authority.key").read_bytes())
@@ -63,9 +78,27 @@ def sign(folder: Path, asked: Path) -> Path:
     except OSError as error:
         raise FedllmError(f"{error.filename}: cannot be read ({error.strerror})") from None
     path = asked.with_name("certificate.pem")
-    write(path, issue(own, data))
+    certificate = issue(own, data)
+    name = name_of(certificate)
+    _add(folder / "federation.toml", name)
+    node = asked.with_name("node.pub")
+    if node.exists():
+        write(folder / "nodes" / f"{name}.pub", node.read_bytes())
+    write(path, certificate)
     write(asked.with_name("ca.pem"), own.certificate)
     return path
+
+
+def _add(path: Path, name: str) -> None:
+    """One site more in federation.toml; the rest of the file stays as it is."""
+    sites = ex.load_federation(path).sites
+    if name in sites:
+        return
+    listed = ", ".join(f'"{one}"' for one in (*sites, name))
+    text = re.sub(r"^sites = \[.*?\]", f"sites = [{listed}]", path.read_text(), flags=re.M | re.S)
+    write(path, text.encode())
+    if name not in ex.load_federation(path).sites:
+        raise FedllmError(f"{path}: no line 'sites = [...]' to add {name!r} to")
 
 
 def init_site(folder: Path, name: str) -> list[Path]:

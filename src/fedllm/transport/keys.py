@@ -123,6 +123,13 @@ def issue(authority: Authority, asked: bytes, days: int = DAYS) -> bytes:
     return _signed(builder, days, key)
 
 
+def name_of(certificate: bytes) -> str:
+    """Whose certificate this is: its common name."""
+    subject = x509.load_pem_x509_certificate(certificate).subject
+    (name,) = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(name.value)
+
+
 def node_keys() -> tuple[bytes, bytes]:
     """A key pair by which an engine knows a node: private and public, in OpenSSH's format."""
     key = ec.generate_private_key(ec.SECP384R1())

@@ -141,8 +141,12 @@ class Sessions:
         self.address = f"{address.rpartition(':')[0]}:{port}"
         self._server.start()
 
-    def admit(self, name: str, seconds: float = TOKEN_SECONDS) -> str:
-        """A token with which this site may open a session, once, within so many seconds."""
+    def admit(self, name: str = "", seconds: float = TOKEN_SECONDS) -> str:
+        """
+        A token with which this site may open a session, once, within so many seconds.
+
+        Without a name it is for any site of the federation: its certificate says which.
+        """
         token = secrets.token_urlsafe(32)
         with self._lock:
             self._tokens[token] = (name, time.monotonic() + seconds)
@@ -278,8 +282,9 @@ class Sessions:
                 if link is None or not hmac.compare_digest(link.secret, secret):
                     raise FedllmError(f"session: {name!r} has no session to resume")
             else:
-                whose, until = self._tokens.pop(str(hello.get("token", "")), ("", 0.0))
-                if whose != name:
+                none = ("no site", 0.0)
+                whose, until = self._tokens.pop(str(hello.get("token", "")), none)
+                if whose != name and (whose or name not in self._names):
                     raise FedllmError(f"session: {name!r} has no valid token (each opens one)")
                 if time.monotonic() > until:
                     raise FedllmError(f"session: the token of {name!r} has expired")

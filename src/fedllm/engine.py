@@ -1,0 +1,167 @@
+"""Commands over Flower's own: each says which of them it runs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from fedllm import experiment as ex
+from fedllm.errors import FedllmError
+
+Say = Callable[[str], None]
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+PATIENCE = 60.0  # seconds for a SuperLink to listen
+
+
+def _tool(name: str) -> str:
+    """A command of Flower's, beside this Python or on the path."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise FedllmError(f"{name}: not found; pip install 'fedllm[flower]'")
+    return found
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    # Flower's commands start each other by name
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    home = str((folder / "flower").resolve())
+    return os.environ | QUIET | {"FLWR_HOME": home, "PATH": path}
+
+
+def _say(command: Sequence[str], say: Say) -> None:
+    say("$ " + shlex.join([Path(command[0]).name, *command[1:]]))
+
+
+def start_server(folder: Path, say: Say) -> int:
+    """
+    Run a SuperLink with TLS and node authentication until it ends; its exit code.
+
+    Sites whose node.pub lies in ``nodes/`` are registered. Raises FedllmError where it does not
+    come up.
+    """
+    spec = ex.load_federation(folder / "federation.toml")
+    host, _, port = spec.superlink.rpartition(":")
+    home = folder / "flower"
+    home.mkdir(exist_ok=True)
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "fedllm"\n[superlink.fedllm]\naddress = "{spec.superlink}"\n'
+        f'root-certificates = "{(folder / "ca.pem").resolve()}"\n'
+    )
+    command = [
+        _tool("flower-superlink"), "--ssl-ca-certfile", str(folder / "ca.pem"),
+        "--ssl-certfile", str(folder / "certificate.pem"), "--ssl-keyfile", str(folder / "key.pem"),
+        "--enable-supernode-auth", "--host", host, "--port", port,
+        "--database", str(home / "state.db"), "--disable-runtime-dependency-installation",
+    ]  # fmt: skip
+    _say(command, say)
+    process = subprocess.Popen(command, env=_environment(folder))
+    try:
+        _listening(host, int(port), process)
+        for public in sorted((folder / "nodes").glob("*.pub")):
+            register(folder, public, say)
+        say("ready")
+        return process.wait()
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        _end(process)
+
+
+def register(folder: Path, public: Path, say: Say) -> None:
+    """Make a node's key known to the SuperLink; one that is known already is no error."""
+    command = [_tool("flwr"), "supernode", "register", str(public), "fedllm"]
+    _say(command, say)
+    done = subprocess.run(
+        command, env=_environment(folder), capture_output=True, text=True, check=False
+    )
+    words = (done.stdout + done.stderr).strip()
+    if done.returncode and "already" not in words:
+        raise FedllmError(f"{public}: not registered ({words[-300:]})")
+
+
+def start_site(folder: Path, address: str, port: int, say: Say) -> int:
+    """
+    Keep a SuperNode running: whenever it ends, it is started again and rejoins.
+
+    address: host:port of the SuperLink.  port: of this node's own, on this machine only.
+    """
+    ex.load_site(folder / "site.toml")
+    command = [
+        _tool("flower-supernode"), "--superlink", address,
+        "--root-certificates", str(folder / "ca.pem"),
+        "--auth-supernode-private-key", str(folder / "node"),
+        "--node-config", f'site="{folder.resolve()}"', "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    pause = 1.0
+    while True:
+        _say(command, say)
+        began = time.monotonic()
+        process = subprocess.Popen(command, env=_environment(folder))
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            _end(process)
+        pause = 1.0 if time.monotonic() - began > 60 else min(2 * pause, 30.0)
+        say(f"the SuperNode ended with code {code}; again in {pause:g} s")
+        with suppress(KeyboardInterrupt):
+            time.sleep(pause)
+            continue
+        return 130
+
+
+def run_on(folder: Path, experiment: ex.Experiment, out: Path, resume: bool, say: Say) -> None:
+    """
+    Run an experiment on the federation whose server's folder this is, into ``out``.
+
+    Raises FedllmError where Flower could not start it, or it did not end well.
+    """
+    from fedllm.flower import write_app
+
+    spec = ex.load_federation(folder / "federation.toml")
+    if not spec.sites:
+        raise FedllmError(f"{folder / 'federation.toml'}: sites: no site was signed yet")
+    app = folder / "flower" / "app"
+    write_app(experiment, app)
+    settings = {
+        "folder": str(out.resolve()), "keys": str(folder.resolve()), "address": spec.sessions,
+        "sites": ",".join(spec.sites), "seconds": spec.wait,
+    }  # fmt: skip
+    text = " ".join(f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in settings.items())
+    text += f" resume={str(resume).lower()}"
+    command = [_tool("flwr"), "run", str(app), "fedllm", "--stream", "-c", text]
+    _say(command, say)
+    subprocess.run(command, env=_environment(folder), check=False)
+    if not (out / "summary.json").exists():
+        raise FedllmError(
+            f"{out}: the run did not end well; Flower's log above says why, and the same command "
+            "with --resume goes on from the last committed round"
+        )
+
+
+def _listening(host: str, port: int, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < until:
+        with suppress(OSError), socket.create_connection((host, port), timeout=1):
+            return
+        time.sleep(0.2)
+    raise FedllmError(f"the SuperLink does not listen on {host}:{port} (exit {process.poll()})")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()

@@ -1,0 +1,120 @@
+"""The whole of it, as operators do it: Flower with TLS and node authentication, three sites."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm import experiment as ex
+from fedllm import federation
+from fedllm.data import own
+from fedllm.data.simulation import divide
+from small import experiment
+
+COMMAND = [sys.executable, "-m", "fedllm.cli"]
+SPEC = experiment(
+    rounds=2, strategy={"kind": "activations", "cut": 2}, tunables={"dropout": 0.1},
+    training={"optimizer": "adam", "rate": 0.003, "optimizer_state": "keep"},
+    simulation={"cohort": 1, "test_examples": 30},
+)  # fmt: skip
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody uses now; the first two follow each other."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            others = [socket.socket() for _ in range(count - 2)]
+            for other in others:
+                other.bind(("127.0.0.1", 0))
+            found = [port, port + 1, *(other.getsockname()[1] for other in others)]
+            for other in others:
+                other.close()
+            return found
+
+
+def fedllm(*words: str, cwd: Path) -> str:
+    done = subprocess.run([*COMMAND, *words], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A federation of three sites that is up."""
+    from laws.test_law7_across import rows
+
+    folder = tmp_path_factory.mktemp("federation")
+    port, _, *others = free_ports(5)
+    fedllm("server", "init", "server", "--host", "127.0.0.1", "--port", str(port), cwd=folder)
+    division = divide(SPEC, ("text", "intent"), 0)
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(*words: str, log: str) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        processes.append(
+            subprocess.Popen(
+                [*COMMAND, *words], cwd=folder, env=environment, start_new_session=True,
+                stdout=(folder / log).open("w"), stderr=subprocess.STDOUT,
+            )
+        )  # fmt: skip
+
+    for name, mine in division.clients.items():
+        fedllm("site", "init", name, "--name", name, cwd=folder)
+        fedllm("server", "sign", "server", f"{name}/request.pem", cwd=folder)
+        rows(folder / name / "train.csv", list(mine.train))
+        rows(folder / name / "test.csv", list(mine.test))
+    start("server", "start", "server", log="server.log")
+    wait_for(folder / "server.log", "ready")
+    for name, own_port in zip(division.clients, others, strict=True):
+        address = f"127.0.0.1:{port}"
+        start("site", "start", name, "--server", address, "--port", str(own_port),
+              log=f"{name}.log")  # fmt: skip
+    data = SPEC.data.model_copy(update={"labels": division.labels})
+    (folder / "experiment.toml").write_text(ex.dump(SPEC.replace(data=data)))
+    yield folder
+    for process in processes:
+        os.killpg(process.pid, signal.SIGTERM)
+    for process in processes:
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(path: Path, word: str, seconds: float = 90.0) -> None:
+    until = time.monotonic() + seconds
+    while word not in path.read_text():
+        assert time.monotonic() < until, path.read_text()
+        time.sleep(0.2)
+
+
+def test_a_run_over_flower_is_the_one_in_process(folder: Path) -> None:
+    said = fedllm("run", "experiment.toml", "--on", "server", "--out", "across", cwd=folder)
+    assert re.search(r"\$ flwr run .* --stream", said)
+    spec = ex.load(folder / "experiment.toml")
+
+    def together(columns: Any) -> Any:
+        from dataclasses import replace
+
+        nobody = own.division(spec, columns, None)
+        return replace(divide(SPEC, columns, 0), public=nobody.public)
+
+    prepared = federation.prepare(spec, 0, divided=together)
+    federation.run(spec, 0, folder / "inside", prepared=prepared)
+    name = "adapter/adapter_model.safetensors"
+    assert (folder / "across" / name).read_bytes() == (folder / "inside" / name).read_bytes()
+    assert list(folder.glob("client-*/runs/*/audit.jsonl"))

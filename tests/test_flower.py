@@ -9,14 +9,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fedllm import experiment as ex
 from fedllm import federation
+from fedllm.across import Called
 from fedllm.data import own
 from fedllm.data.simulation import divide
+from fedllm.errors import FedllmError
+from fedllm.flower import Caller
+from fedllm.transport.session import Sessions
 from small import experiment
 
 COMMAND = [sys.executable, "-m", "fedllm.cli"]
@@ -118,3 +123,49 @@ def test_a_run_over_flower_is_the_one_in_process(folder: Path) -> None:
     name = "adapter/adapter_model.safetensors"
     assert (folder / "across" / name).read_bytes() == (folder / "inside" / name).read_bytes()
     assert list(folder.glob("client-*/runs/*/audit.jsonl"))
+
+
+class Grid:
+    """Flower's, as far as it is used, with nodes whose calls can be made to fail."""
+
+    def __init__(self, nodes: list[int]) -> None:
+        self.nodes, self.pushed, self.failed = nodes, [], {}  # type: ignore[var-annotated]
+
+    def get_node_ids(self) -> list[int]:
+        return self.nodes
+
+    def create_message(self, content: Any, kind: str, node: int, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(node=node)
+
+    def push_messages(self, messages: list[SimpleNamespace]) -> list[str]:
+        ids = [str(len(self.pushed) + i) for i in range(len(messages))]
+        self.pushed += messages
+        return ids
+
+    def pull_messages(self, ids: list[str]) -> list[Any]:
+        return [self.failed.pop(id) for id in ids if id in self.failed]
+
+    def fail(self, number: int, reason: str) -> None:
+        reply = SimpleNamespace(
+            metadata=SimpleNamespace(reply_to_message_id=str(number)),
+            has_error=lambda: True, error=SimpleNamespace(reason=reason),
+        )  # fmt: skip
+        self.failed[str(number)] = reply
+
+
+def test_a_site_whose_process_died_is_called_again_and_one_that_refuses_ends_the_run() -> None:
+    grid = Grid([11, 22])
+    caller = Caller(grid, ["a", "b"])  # type: ignore[arg-type]
+    with Sessions("127.0.0.1:0", None, ["a", "b"]) as sessions:
+        called = Called(sessions, ["a", "b"], lambda name, token: caller(name, {"token": token}),
+                        60.0, caller.lost)  # fmt: skip
+        grid.fail(1, "labels may not leave this site")
+        with pytest.raises(FedllmError, match="did not come: node 22: labels may not leave"):
+            called.begin(lambda name: {}, lambda name, facts: "")
+        assert called.clients() == ["a", "b"]
+        assert len(grid.pushed) == 2
+        grid.fail(0, "the process ended")
+        called.clients()
+        assert [message.node for message in grid.pushed] == [11, 22, 11]
+        called.clients()
+        assert len(grid.pushed) == 3

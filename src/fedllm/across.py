@@ -7,6 +7,8 @@ all else goes through a session that the site opens.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,39 +22,52 @@ from fedllm.remote import Facts
 from fedllm.site import Hosted, prepare_server
 from fedllm.transport.session import Keys, Sessions, attend
 
+LOG = logging.getLogger(__name__)
 Order = dict[str, str | int]
 """experiment (TOML), seed, run, address and token of the session: all that a call says."""
 
 
 class Called:
-    """Sites that come when they are called: sessions, and how to call."""
+    """
+    Sites that come when they are called: sessions, and how to call.
+
+    One whose process died is called again at the next round.
+    """
 
     window: int | None = None
 
     def __init__(
         self, sessions: Sessions, names: Sequence[str], call: Callable[[str, str], None],
-        seconds: float, named: bool = True,
+        seconds: float, lost: Callable[[], Sequence[str]] | None = None,
     ) -> None:  # fmt: skip
         """
-        call: (site, token).  seconds: to wait for all of them.  named: whether a call reaches the
-        site of that name, or one of all.
+        call: (site, token).  seconds: to wait for all of them.  lost: of an engine that does not
+        know which site is where (their certificates then say so): why calls ended since it was
+        asked before.
         """
         self.sessions, self._names, self._call = sessions, list(names), call
-        self._seconds, self._named = seconds, named
+        self._seconds, self._lost = seconds, lost
 
     def begin(self, greet: Callable[[str], Facts], refuse: Callable[[str, Facts], str]) -> None:
         """Call everybody and wait. Raises FedllmError naming who did not come."""
         self.sessions.greet, self.sessions.check = greet, refuse
         for name in self._names:
-            self._call(name, self.sessions.admit(name if self._named else ""))
-        if missing := self.sessions.wait(self._names, self._seconds):
-            raise FedllmError(
-                f"{', '.join(missing)} did not come within {self._seconds:g} s; "
-                "the site's log says why"
-            )
+            self._call(name, self.sessions.admit("" if self._lost else name))
+        until = time.monotonic() + self._seconds
+        while missing := self.sessions.wait(self._names, 1.0):
+            if self._lost and (reasons := self._lost()):
+                raise FedllmError(f"{', '.join(missing)} did not come: {'; '.join(reasons)}")
+            if time.monotonic() > until:
+                raise FedllmError(
+                    f"{', '.join(missing)} did not come within {self._seconds:g} s; "
+                    "the site's log says why"
+                )
 
     def clients(self) -> Sequence[str]:
         """All sites of the federation."""
+        for reason in self._lost() if self._lost else ():
+            LOG.warning("a site is called again: %s", reason)
+            self._call("", self.sessions.admit())
         return self.sessions.clients()
 
     def post(self, client: str, frame: bytes) -> str:
@@ -67,13 +82,13 @@ class Called:
 def lead(
     experiment: ex.Experiment, seed: int, folder: Path, sessions: Sessions, names: Sequence[str],
     call: Callable[[str, Order], None], *, resume: bool = False, listener: Listener | None = None,
-    seconds: float = 300.0, named: bool = True,
+    seconds: float = 300.0, lost: Callable[[], Sequence[str]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """
     The server's half of a run over these sites, into ``folder``; returns its summary.
 
-    call: brings an order to a site.  seconds: to wait until all have come.  named: False where the
-    engine does not know which site is where; their certificates then say so.
+    call: brings an order to a site.  seconds: to wait until all have come.  lost: as for
+    ``Called``.
     """
     text = ex.dump(experiment)
 
@@ -85,7 +100,7 @@ def lead(
     return federation.run(
         experiment, seed, folder, resume=resume, listener=listener,
         prepared=prepare_server(experiment, seed),
-        remote=Called(sessions, names, order, seconds, named),
+        remote=Called(sessions, names, order, seconds, lost),
     )  # fmt: skip
 
 

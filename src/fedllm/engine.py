@@ -129,6 +129,11 @@ def run_on(folder: Path, experiment: ex.Experiment, out: Path, resume: bool, say
     from fedllm.flower import write_app
 
     spec = ex.load_federation(folder / "federation.toml")
+    if len(experiment.seeds) > 1:
+        raise FedllmError(
+            f"seeds = {list(experiment.seeds)}: a federation runs one at a time; "
+            f"--set seeds=[{experiment.seeds[0]}]"
+        )
     if not spec.sites:
         raise FedllmError(f"{folder / 'federation.toml'}: sites: no site was signed yet")
     app = folder / "flower" / "app"

@@ -86,12 +86,21 @@ class Caller:
     def __call__(self, name: str, order: Order) -> None:
         """Call one node more; which site it is, it says itself."""
         free = [node for node in self._nodes() if node not in self._called.values()]
-        message = Message(
-            content=RecordDict({"order": ConfigRecord(dict(order))}), dst_node_id=free[0],
-            message_type=KIND, ttl=24 * HOUR,
+        message = self._grid.create_message(
+            RecordDict({"order": ConfigRecord(dict(order))}), KIND, free[0], group_id="call",
+            ttl=24 * HOUR,
         )  # fmt: skip
         (id,) = self._grid.push_messages([message])
         self._called[id] = free[0]
+
+    def lost(self) -> list[str]:
+        """Why calls ended that did, since this was asked before."""
+        found = []
+        for reply in self._grid.pull_messages(list(self._called)):
+            node = self._called.pop(reply.metadata.reply_to_message_id, None)
+            if reply.has_error():
+                found.append(f"node {node}: {reply.error.reason}")
+        return found
 
     def _nodes(self, seconds: float = 120.0) -> list[int]:
         until = time.monotonic() + seconds
@@ -126,13 +135,12 @@ def server_app(file: Path) -> ServerApp:
         names = [name for name in str(config["sites"]).split(",") if name]
         listener: Listener = Logged()
         with Sessions(str(config["address"]), keys, names) as sessions:
-            for seed in experiment.seeds:
-                folder = Path(str(config["folder"]))
-                lead(
-                    experiment, seed, folder if len(experiment.seeds) == 1 else folder / str(seed),
-                    sessions, names, Caller(grid, names), resume=bool(config["resume"]),
-                    listener=listener, seconds=float(config["seconds"]), named=False,
-                )  # fmt: skip
+            caller = Caller(grid, names)
+            lead(
+                experiment, experiment.seeds[0], Path(str(config["folder"])), sessions, names,
+                caller, resume=bool(config["resume"]), listener=listener,
+                seconds=float(config["seconds"]), lost=caller.lost,
+            )  # fmt: skip
 
     return app
 

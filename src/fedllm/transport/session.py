@@ -87,7 +87,6 @@ class _Link:
     waiting: dict[int, bytes] = field(default_factory=dict)  # asked, not answered
     out: queue.Queue[bytes | None] | None = None  # of the stream that is open now
     lost: float = 0.0  # when the stream broke
-    facts: Facts = field(default_factory=dict)
 
 
 class Sessions:
@@ -160,10 +159,6 @@ class Sessions:
                 return missing
             time.sleep(0.05)
         return []
-
-    def facts(self, name: str) -> Facts:
-        """What a site said of itself."""
-        return dict(self._links[name].facts)
 
     # transport --------------------------------------------------------------------------------
 
@@ -290,7 +285,7 @@ class Sessions:
                     raise FedllmError(f"session: the token of {name!r} has expired")
                 if reason := self.check(name, hello):
                     raise FedllmError(reason)
-                before, link = link, _Link(name, secrets.token_urlsafe(32), facts=hello)
+                before, link = link, _Link(name, secrets.token_urlsafe(32))
                 self._links[name] = link
                 if before is not None:
                     self._replace(before)

@@ -123,6 +123,10 @@ def test_a_run_over_flower_is_the_one_in_process(folder: Path) -> None:
     name = "adapter/adapter_model.safetensors"
     assert (folder / "across" / name).read_bytes() == (folder / "inside" / name).read_bytes()
     assert list(folder.glob("client-*/runs/*/audit.jsonl"))
+    again = [*COMMAND, "run", "experiment.toml", "--on", "server", "--out", "across"]
+    refused = subprocess.run(again, cwd=folder, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "holds a finished run" in refused.stderr
 
 
 class Grid:

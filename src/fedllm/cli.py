@@ -98,7 +98,8 @@ def run(
     if on is not None:
         from fedllm.engine import run_on
 
-        run_on(on, spec, folder, resume, typer.echo)
+        with _extra():
+            run_on(on, spec, folder, resume, typer.echo)
         tables.show(compare.read(folder))
         typer.echo(f"report: {page.write(folder)}")
         return

@@ -136,6 +136,8 @@ def run_on(folder: Path, experiment: ex.Experiment, out: Path, resume: bool, say
         )
     if not spec.sites:
         raise FedllmError(f"{folder / 'federation.toml'}: sites: no site was signed yet")
+    if not resume and (out / "summary.json").exists():
+        raise FedllmError(f"{out}: holds a finished run; --out takes another folder")
     app = folder / "flower" / "app"
     write_app(experiment, app)
     settings = {

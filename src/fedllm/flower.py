@@ -131,7 +131,7 @@ def server_app(file: Path) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
         experiment = ex.load(file)
-        keys = keys_of(Path(str(config["keys"]))) if config["keys"] else None
+        keys = keys_of(Path(str(config["keys"])))
         names = [name for name in str(config["sites"]).split(",") if name]
         listener: Listener = Logged()
         with Sessions(str(config["address"]), keys, names) as sessions:
@@ -153,9 +153,8 @@ def client_app() -> ClientApp:
     def session(message: Message, context: Context) -> Message:
         folder = Path(str(context.node_config["site"]))
         site = ex.load_site(folder / "site.toml")
-        keys = keys_of(folder) if (folder / "certificate.pem").exists() else None
         order = dict(message.content.config_records["order"])
-        take_part(order, site, folder, keys)
+        take_part(order, site, folder, keys_of(folder))
         return Message(RecordDict({"done": ConfigRecord({"site": site.name})}), reply_to=message)
 
     return app

@@ -121,13 +121,10 @@ def _train(pack: list[_Fitting]) -> None:
         return lambda: _train_pass([one], [params])
 
     probe = None if measures_itself(members) else by_itself
-    try:
-        with passing(pack[0].core, _kind(pack[0]), members, probe):
-            losses = _train_pass(pack, [fitting.learner.params for fitting in pack])
-    except Exception:
-        for fitting in pack:
-            fitting.learner.forget()
-        raise
+    for fitting in pack:
+        fitting.learner.forget()  # what a pass left that failed
+    with passing(pack[0].core, _kind(pack[0]), members, probe):
+        losses = _train_pass(pack, [fitting.learner.params for fitting in pack])
     with charged(members):
         for fitting, loss in zip(pack, losses, strict=True):
             fitting.note(loss)

@@ -66,7 +66,7 @@ def test_python_blocks_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    space: dict[str, object] = {"__name__": page.stem}
+    space: dict[str, object] = {"__name__": "__main__"}
     for line, block in blocks(page, "python"):
         exec(compile("\n" * line + block, str(page), "exec", dont_inherit=True), space)
 

@@ -1,5 +1,6 @@
 """Acceptance tests of the catalogue's rows P-01 to P-04, loading, counting and export."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +303,14 @@ def test_predict_answers(tmp_path: Path, task: str) -> None:
     else:
         assert all(isinstance(a["answer"], str) for a in answers)
         assert 0 <= summary["metrics"]["rouge_l"] <= 1
+
+
+def test_loads_in_threads_leave_the_library_as_it_was() -> None:
+    """It replaces methods of its classes while it loads; two at once would put back the wrong."""
+    from transformers import PreTrainedModel
+
+    before = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: loaded(GPT2, ex.Lora(), TOKENS), range(8)))
+    assert PreTrainedModel.tie_weights is before
+    assert len({model.base_hash for model in found}) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import threading
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -61,6 +62,11 @@ def place(name: str) -> torch.device:
             "expected 'auto', 'cpu'" + "".join(f", 'cuda:{i}'" for i in range(count))
         )
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+# transformers replaces methods of its classes while it loads, and puts them back in the order in
+# which loads end: two at once leave the whole process unable to tie an output to its embedding
+_LOADING = threading.Lock()
 
 
 def load_config(model: ex.Model, name: str | None = None) -> Any:
@@ -273,7 +279,7 @@ def load(
         config.num_labels = labels
         options["ignore_mismatched_sizes"] = True  # another task's head is replaced by a new one
         config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
-    with torch_stream(seed, "initial weights"), device if meta else nullcontext():
+    with _LOADING, torch_stream(seed, "initial weights"), device if meta else nullcontext():
         try:
             if spec.weights == "random" or meta:
                 model = kind.from_config(config, dtype=torch.float32)

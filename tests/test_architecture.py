@@ -39,6 +39,7 @@ ALLOWED = {
     "remote": EXCHANGE,
     "site": FEDERATION,
     "across": FEDERATION | {"site"},
+    "rehearse": FEDERATION | {"site", "operate"},
     "operate": LOW | {"transport", "experiment"},
     "flower": FEDERATION | {"across", "operate"},
     "engine": LOW | {"experiment", "flower"},
@@ -48,7 +49,7 @@ ALLOWED = {
     "compare": FEDERATION,
     "predict": FEDERATION,
     "report": FEDERATION,
-    "cli": FEDERATION | {"predict", "operate", "engine"},
+    "cli": FEDERATION | {"predict", "operate", "engine", "rehearse"},
     "__init__": {"errors"},
 }
 
@@ -93,7 +94,7 @@ def test_only_the_exchange_calls_codecs_and_transport() -> None:
     }
     # the federation builds a transport and hands it over
     # across opens sessions, remote names the protocol, operate makes keys
-    builders = {"federation", "across", "remote", "operate", "flower"}
+    builders = {"federation", "across", "remote", "operate", "flower", "rehearse"}
     assert callers <= {"exchange", "codecs", "transport"} | builders
 
 

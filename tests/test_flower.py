@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,26 +108,47 @@ def wait_for(path: Path, word: str, seconds: float = 90.0) -> None:
         time.sleep(0.2)
 
 
+def simulated(spec: ex.Experiment) -> federation.Prepared:
+    """The sites' rows in one process."""
+
+    def together(columns: Any) -> Any:
+        nobody = own.division(spec, columns, None)
+        return replace(divide(SPEC, columns, 0), public=nobody.public)
+
+    return federation.prepare(spec, 0, divided=together)
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
 def test_a_run_over_flower_is_the_one_in_process(folder: Path) -> None:
     said = fedllm("run", "experiment.toml", "--on", "server", "--out", "across", cwd=folder)
     assert re.search(r"\$ flwr run .* --stream", said)
     spec = ex.load(folder / "experiment.toml")
-
-    def together(columns: Any) -> Any:
-        from dataclasses import replace
-
-        nobody = own.division(spec, columns, None)
-        return replace(divide(SPEC, columns, 0), public=nobody.public)
-
-    prepared = federation.prepare(spec, 0, divided=together)
-    federation.run(spec, 0, folder / "inside", prepared=prepared)
-    name = "adapter/adapter_model.safetensors"
-    assert (folder / "across" / name).read_bytes() == (folder / "inside" / name).read_bytes()
+    federation.run(spec, 0, folder / "inside", prepared=simulated(spec))
+    assert adapter(folder / "across") == adapter(folder / "inside")
     assert list(folder.glob("client-*/runs/*/audit.jsonl"))
     again = [*COMMAND, "run", "experiment.toml", "--on", "server", "--out", "across"]
     refused = subprocess.run(again, cwd=folder, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "holds a finished run" in refused.stderr
+
+
+def test_a_round_of_messages_is_the_one_in_process(folder: Path) -> None:
+    """No site stays: parameters travel as Flower's own messages."""
+    few = (
+        "--set",
+        "strategy.kind=parameters",
+        "--set",
+        "rounds=1",
+        "--set",
+        "exchange.resident=false",
+    )
+    fedllm("run", "experiment.toml", "--on", "server", "--out", "messages", *few, cwd=folder)
+    spec = ex.load(folder / "experiment.toml", few[1::2])
+    federation.run(spec, 0, folder / "at once", prepared=simulated(spec))
+    assert adapter(folder / "messages") == adapter(folder / "at once")
 
 
 class Grid:

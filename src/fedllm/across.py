@@ -16,15 +16,21 @@ from typing import Any
 from fedllm import experiment as ex
 from fedllm import federation
 from fedllm.errors import FedllmError
-from fedllm.federation import Listener
+from fedllm.federation import Listener, Silent
 from fedllm.message import Failure
-from fedllm.remote import Facts
+from fedllm.remote import Facts, Remote, hello
 from fedllm.site import Hosted, prepare_server
 from fedllm.transport.session import Keys, Sessions, attend
 
 LOG = logging.getLogger(__name__)
 Order = dict[str, str | int]
-"""experiment (TOML), seed, run, address and token of the session: all that a call says."""
+"""experiment (TOML), seed, run; for a session its address and token: all that a call says."""
+
+
+def order_of(experiment: ex.Experiment, seed: int) -> Order:
+    """What every site must know of a run."""
+    run = federation.run_id(experiment, seed)
+    return {"experiment": ex.dump(experiment), "seed": seed, "run": run}
 
 
 class Called:
@@ -90,18 +96,46 @@ def lead(
     call: brings an order to a site.  seconds: to wait until all have come.  lost: as for
     ``Called``.
     """
-    text = ex.dump(experiment)
+    order = order_of(experiment, seed)
 
-    def order(name: str, token: str) -> None:
-        run = federation.run_id(experiment, seed)
-        call(name, {"experiment": text, "seed": seed, "run": run,
-                    "address": sessions.address, "token": token})  # fmt: skip
+    def bring(name: str, token: str) -> None:
+        call(name, {**order, "address": sessions.address, "token": token})
 
+    remote = Called(sessions, names, bring, seconds, lost)
+    return lead_over(remote, experiment, seed, folder, resume=resume, listener=listener)
+
+
+def lead_over(
+    remote: Remote, experiment: ex.Experiment, seed: int, folder: Path, *, resume: bool = False,
+    listener: Listener | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The same over any transport to sites."""
     return federation.run(
         experiment, seed, folder, resume=resume, listener=listener,
-        prepared=prepare_server(experiment, seed),
-        remote=Called(sessions, names, order, seconds, lost),
+        prepared=prepare_server(experiment, seed), remote=remote,
     )  # fmt: skip
+
+
+def server_says(experiment: ex.Experiment) -> Facts:
+    """What the server would compare with what sites say of themselves; nothing is run."""
+    seed = experiment.seeds[0]
+    prepared = prepare_server(experiment, seed)
+    model = federation.halve(experiment, seed, prepared, Silent()).model
+    return hello(model.base_hash, prepared.labels, federation.copied(experiment, prepared))
+
+
+def hosted(order: Mapping[str, Any], site: ex.SiteFile, folder: Path) -> Hosted:
+    """
+    The site's half of the run that an order calls it to; it has a folder of its own in the site's.
+
+    Raises FedllmError for an order that the site does not allow or cannot follow.
+    """
+    path = folder / "site.toml"
+    experiment = ex.parse_text(str(order["experiment"]), "the server's experiment", path.parent)
+    run = str(order["run"])
+    if Path(run).name != run or run in ("", ".", ".."):
+        raise FedllmError(f"the server's run {run!r}: not the name of a folder")
+    return Hosted(experiment, int(order["seed"]), site, run, folder / "runs" / run)
 
 
 def take_part(
@@ -111,16 +145,10 @@ def take_part(
     """
     A site's half: build it, dial the server, answer until it says good-bye.
 
-    folder: of the site; the run has one of its own in it.  Raises FedllmError for an order that
-    the site does not allow or cannot follow.
+    folder: of the site.  Raises FedllmError as ``hosted`` does, and when the server stays away.
     """
-    path = folder / "site.toml"
-    experiment = ex.parse_text(str(order["experiment"]), "the server's experiment", path.parent)
-    run = str(order["run"])
-    if Path(run).name != run or run in ("", ".", ".."):
-        raise FedllmError(f"the server's run {run!r}: not the name of a folder")
-    hosted = Hosted(experiment, int(order["seed"]), site, run, folder / "runs" / run)
+    half = hosted(order, site, folder)
     attend(
-        str(order["address"]), site.name, str(order["token"]), keys, hosted.answer, hosted.facts,
-        hosted.welcomed, patience,
+        str(order["address"]), site.name, str(order["token"]), keys, half.answer, half.facts,
+        half.welcomed, patience,
     )  # fmt: skip

@@ -258,6 +258,21 @@ def server_start(folder: Folder) -> None:
     raise typer.Exit(start_server(folder, typer.echo))
 
 
+@server.command("check")
+def server_check(folder: Folder, file: File, set_: Set = None) -> None:
+    """Ask all sites what they would say to the experiment: a handshake, and nothing else."""
+    from fedllm import experiment
+    from fedllm.report import tables
+
+    with _extra():
+        from fedllm.engine import check_on
+
+        found = check_on(folder, experiment.load(file, set_ or ()), typer.echo)
+    tables.handshake(found)
+    if found["refused"]:
+        raise FedllmError("; ".join(found["refused"]))
+
+
 @server.command("sign")
 def server_sign(
     folder: Folder,
@@ -280,6 +295,25 @@ def site_init(
     for path in init_site(folder, name):
         typer.echo(f"wrote {path}")
     typer.echo("next: write your files into site.toml, and send request.pem to the server")
+
+
+@site.command("check")
+def site_check(
+    folder: Folder, file: File, set_: Set = None,
+    to: Annotated[
+        str | None, typer.Option("--server", metavar="HOST:PORT", help="Also dial the SuperLink.")
+    ] = None,
+) -> None:  # fmt: skip
+    """Say what this site would answer to the experiment, and whether its keys are good."""
+    from fedllm import experiment
+    from fedllm.report import tables
+
+    with _extra():
+        from fedllm.rehearse import rehearse
+    found = rehearse(folder, experiment.load(file, set_ or ()), to)
+    tables.rehearsal(found)
+    if bad := [f"{one.what}: {one.found}" for one in found if not one.good]:
+        raise FedllmError("; ".join(bad))
 
 
 @site.command("start")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError
@@ -52,21 +54,27 @@ def start_server(folder: Path, say: Say) -> int:
     host, _, port = spec.superlink.rpartition(":")
     home = folder / "flower"
     home.mkdir(exist_ok=True)
+    trust = f'root-certificates = "{(folder / "ca.pem").resolve()}"'
+    secure = [
+        "--ssl-ca-certfile", str(folder / "ca.pem"), "--ssl-certfile",
+        str(folder / "certificate.pem"), "--ssl-keyfile", str(folder / "key.pem"),
+        "--enable-supernode-auth",
+    ]  # fmt: skip
+    if spec.insecure:
+        trust, secure = "insecure = true", ["--insecure"]
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "fedllm"\n[superlink.fedllm]\naddress = "{spec.superlink}"\n'
-        f'root-certificates = "{(folder / "ca.pem").resolve()}"\n'
+        f"{trust}\n"
     )
     command = [
-        _tool("flower-superlink"), "--ssl-ca-certfile", str(folder / "ca.pem"),
-        "--ssl-certfile", str(folder / "certificate.pem"), "--ssl-keyfile", str(folder / "key.pem"),
-        "--enable-supernode-auth", "--host", host, "--port", port,
+        _tool("flower-superlink"), *secure, "--host", host, "--port", port,
         "--database", str(home / "state.db"), "--disable-runtime-dependency-installation",
     ]  # fmt: skip
     _say(command, say)
     process = subprocess.Popen(command, env=_environment(folder))
     try:
         _listening(host, int(port), process)
-        for public in sorted((folder / "nodes").glob("*.pub")):
+        for public in sorted((folder / "nodes").glob("*.pub")) if not spec.insecure else ():
             register(folder, public, say)
         say("ready")
         return process.wait()
@@ -94,11 +102,14 @@ def start_site(folder: Path, address: str, port: int, say: Say) -> int:
 
     address: host:port of the SuperLink.  port: of this node's own, on this machine only.
     """
-    ex.load_site(folder / "site.toml")
-    command = [
-        _tool("flower-supernode"), "--superlink", address,
+    site = ex.load_site(folder / "site.toml")
+    secure = [
         "--root-certificates", str(folder / "ca.pem"),
         "--auth-supernode-private-key", str(folder / "node"),
+    ]  # fmt: skip
+    command = [
+        _tool("flower-supernode"), "--superlink", address,
+        *(["--insecure"] if site.insecure else secure),
         "--node-config", f'site="{folder.resolve()}"', "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     pause = 1.0
@@ -126,34 +137,52 @@ def run_on(folder: Path, experiment: ex.Experiment, out: Path, resume: bool, say
 
     Raises FedllmError where Flower could not start it, or it did not end well.
     """
-    from fedllm.flower import write_app
-
-    spec = ex.load_federation(folder / "federation.toml")
     if len(experiment.seeds) > 1:
         raise FedllmError(
             f"seeds = {list(experiment.seeds)}: a federation runs one at a time; "
             f"--set seeds=[{experiment.seeds[0]}]"
         )
-    if not spec.sites:
-        raise FedllmError(f"{folder / 'federation.toml'}: sites: no site was signed yet")
     if not resume and (out / "summary.json").exists():
         raise FedllmError(f"{out}: holds a finished run; --out takes another folder")
-    app = folder / "flower" / "app"
-    write_app(experiment, app)
-    settings = {
-        "folder": str(out.resolve()), "keys": str(folder.resolve()), "address": spec.sessions,
-        "sites": ",".join(spec.sites), "seconds": spec.wait,
-    }  # fmt: skip
-    text = " ".join(f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in settings.items())
-    text += f" resume={str(resume).lower()}"
-    command = [_tool("flwr"), "run", str(app), "fedllm", "--stream", "-c", text]
-    _say(command, say)
-    subprocess.run(command, env=_environment(folder), check=False)
+    _submit(folder, experiment, say, out=str(out.resolve()), resume=resume)
     if not (out / "summary.json").exists():
         raise FedllmError(
             f"{out}: the run did not end well; Flower's log above says why, and the same command "
             "with --resume goes on from the last committed round"
         )
+
+
+def check_on(folder: Path, experiment: ex.Experiment, say: Say) -> dict[str, Any]:
+    """
+    Ask the sites of a federation what they would say to an experiment: a handshake, and no more.
+
+    Returns what the server says (``server``), what each site says (``sites``), and why somebody is
+    unfit (``refused``). Raises FedllmError where Flower could not ask.
+    """
+    from fedllm.flower import CHECKED
+
+    found = folder / CHECKED
+    found.unlink(missing_ok=True)
+    _submit(folder, experiment, say, check=True)
+    if not found.exists():
+        raise FedllmError(f"{folder}: the sites could not be asked; Flower's log above says why")
+    return dict(json.loads(found.read_text()))
+
+
+def _submit(folder: Path, experiment: ex.Experiment, say: Say, **settings: str | bool) -> None:
+    """Have Flower run an experiment, and wait for its end."""
+    from fedllm.flower import write_app
+
+    spec = ex.load_federation(folder / "federation.toml")
+    if not spec.sites:
+        raise FedllmError(f"{folder / 'federation.toml'}: sites: no site was signed yet")
+    app = folder / "flower" / "app"
+    write_app(experiment, app)
+    settings["server"] = str(folder.resolve())
+    text = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+    command = [_tool("flwr"), "run", str(app), "fedllm", "--stream", "-c", text]
+    _say(command, say)
+    subprocess.run(command, env=_environment(folder), check=False)
 
 
 def _listening(host: str, port: int, process: subprocess.Popen[bytes]) -> None:

@@ -245,11 +245,16 @@ Codec = Literal["none", "fp16"]
 
 
 class Exchange(Section):
-    """What happens between strategy and wire. ``codecs`` maps a role to a codec's name."""
+    """
+    What happens between strategy and wire. ``codecs`` maps a role to a codec's name.
+
+    resident: sites stay for the whole run, in a session; else each message is a process of its own.
+    """
 
     clients_per_round: Positive | None = None
     minimum_replies: Positive | None = None
     deadline: Rate | None = None
+    resident: bool = True
     codecs: dict[
         Literal["parameter", "logit", "activation", "gradient"],
         Codec,
@@ -370,6 +375,11 @@ class Experiment(Section):
             raise ValueError(
                 "simulation.sizes: only for the partition 'iid'; others make their own sizes"
             )
+        if not self.exchange.resident and self.strategy.kind == "activations":
+            raise ValueError(
+                "exchange.resident = false: activations cross for every batch, for which sites "
+                "have to stay; leave it out"
+            )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: the same seed twice")
         if self.task.kind == "generation" and self.tunables.head != "shared":
@@ -427,11 +437,16 @@ class Allow(Section):
 
 
 class SiteFile(Section):
-    """``site.toml``: what one site has, and what it allows."""
+    """
+    ``site.toml``: what one site has, and what it allows.
+
+    insecure: no TLS and no keys, for trials on one machine.
+    """
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     data: SiteData
     allow: Allow = Allow()
+    insecure: bool = False
 
 
 class FederationFile(Section):
@@ -439,13 +454,14 @@ class FederationFile(Section):
     ``federation.toml`` in the server's folder: where sites find it, and who they are.
 
     superlink: host and port of Flower.  sessions: host and port that sites dial for a run.
-    wait: seconds for all sites to come.
+    wait: seconds for all sites to come.  insecure: no TLS and no keys, for trials on one machine.
     """
 
     superlink: Annotated[str, Field(pattern=r"^[^:]+:\d+$")]
     sessions: Annotated[str, Field(pattern=r"^[^:]+:\d+$")]
     sites: tuple[str, ...] = ()
     wait: Rate = 300.0
+    insecure: bool = False
 
 
 PATHS = (("model", "name"), ("model", "tokenizer"), ("simulation", "source"),

@@ -26,7 +26,7 @@ from fedllm.exchange import Endpoint, Exchange
 from fedllm.ledger import Ledger
 from fedllm.models.export import save_adapter
 from fedllm.models.loading import LanguageModel, load, load_config, load_tokenizer
-from fedllm.remote import Distant, Remote
+from fedllm.remote import Distant, Remote, hello
 from fedllm.round import Federation
 from fedllm.states import States
 from fedllm.strategies import ServerState, Setup, Site, Strategy, build
@@ -156,6 +156,12 @@ def _public(
     return replace(hidden, labels=np.full(len(hidden), -1, np.int64)), None
 
 
+def copied(experiment: ex.Experiment, prepared: Prepared) -> str:
+    """Hash of the public set where every site must have a copy of it; else empty."""
+    public = prepared.public
+    return "" if public is None or experiment.public.ship else public.hash
+
+
 def merged(prepared: Prepared, kind: str) -> Prepared:
     """One client instead of many: everybody's rows (``all``) or the public set (``public``)."""
     train, test = prepared.clients.train, prepared.clients.test
@@ -193,7 +199,7 @@ def assemble(
         clients = worker
     else:
         transport = remote
-        clients = Distant(model.base_hash, prepared.labels)
+        clients = Distant(hello(model.base_hash, prepared.labels, copied(experiment, prepared)))
     exchange = Exchange(
         transport, ledger, run, model.base_hash, spec.codecs,  # type: ignore[arg-type]
         spec.minimum_replies, listener.step, prepared.measured, clock, spec.deadline, listener.note,

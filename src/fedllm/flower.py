@@ -2,13 +2,15 @@
 Flower as the engine: it knows the machines, carries the call to the sites, and starts both ends.
 
 A run is a Flower app of three files: a ``pyproject.toml``, the experiment, and three lines that ask
-this module for both ends. All that the algorithms exchange goes through sessions.
+this module for both ends. What the algorithms exchange goes through sessions, or, where no site is
+to stay for a whole run, through Flower's own messages.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,18 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedllm import experiment as ex
-from fedllm.across import Order, lead, take_part
+from fedllm.across import Order, hosted, lead, lead_over, order_of, server_says, take_part
 from fedllm.errors import FedllmError
-from fedllm.federation import Listener, Silent
+from fedllm.federation import Silent
 from fedllm.operate import keys_of
-from fedllm.transport.session import Sessions
+from fedllm.remote import Distant
+from fedllm.transport.flower import RECORD, Carried, connected, content, send
+from fedllm.transport.keys import prove
+from fedllm.transport.session import Keys, Sessions
 
 LOG = logging.getLogger(__name__)
-KIND = "train.session"
-HOUR = 3600.0
+SESSION = "train.session"
+CHECKED = "flower/check.json"
 
 PROJECT = """\
 [build-system]
@@ -50,12 +55,10 @@ serverapp = "fedllm_app:server"
 clientapp = "fedllm_app:client"
 
 [tool.flwr.app.config]
-folder = ""
-keys = ""
-address = "127.0.0.1:0"
-sites = ""
-seconds = 300.0
+server = ""
+out = ""
 resume = false
+check = false
 """
 APP = """\
 from pathlib import Path
@@ -78,20 +81,21 @@ def write_app(experiment: ex.Experiment, folder: Path) -> None:
 class Caller:
     """Brings orders to sites as Flower messages, one to each node."""
 
-    def __init__(self, grid: Grid, names: list[str]) -> None:
-        """names: of the sites; who is behind which node, their certificates say."""
-        self._grid, self._names = grid, names
+    def __init__(self, grid: Grid, names: list[str], seconds: float = 120.0) -> None:
+        """
+        names: of the sites; who is behind which node, their certificates say.  seconds: to wait
+        for their nodes.
+        """
+        self._grid, self._names, self._seconds = grid, names, seconds
         self._called: dict[str, int] = {}  # message -> node
 
     def __call__(self, name: str, order: Order) -> None:
         """Call one node more; which site it is, it says itself."""
-        free = [node for node in self._nodes() if node not in self._called.values()]
-        message = self._grid.create_message(
-            RecordDict({"order": ConfigRecord(dict(order))}), KIND, free[0], group_id="call",
-            ttl=24 * HOUR,
-        )  # fmt: skip
-        (id,) = self._grid.push_messages([message])
-        self._called[id] = free[0]
+        nodes = connected(self._grid, len(self._names), self._seconds)
+        free = [node for node in nodes if node not in self._called.values()]
+        if not free:
+            raise FedllmError(f"{len(nodes)} sites are connected, and all were called already")
+        self._called[send(self._grid, SESSION, free[0], order)] = free[0]
 
     def lost(self) -> list[str]:
         """Why calls ended that did, since this was asked before."""
@@ -101,14 +105,6 @@ class Caller:
             if reply.has_error():
                 found.append(f"node {node}: {reply.error.reason}")
         return found
-
-    def _nodes(self, seconds: float = 120.0) -> list[int]:
-        until = time.monotonic() + seconds
-        while len(nodes := sorted(self._grid.get_node_ids())) < len(self._names):
-            if time.monotonic() > until:
-                raise FedllmError(f"{len(nodes)} of {len(self._names)} sites are connected")
-            time.sleep(0.5)
-        return nodes
 
 
 class Logged(Silent):
@@ -131,30 +127,107 @@ def server_app(file: Path) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
         experiment = ex.load(file)
-        keys = keys_of(Path(str(config["keys"])))
-        names = [name for name in str(config["sites"]).split(",") if name]
-        listener: Listener = Logged()
-        with Sessions(str(config["address"]), keys, names) as sessions:
-            caller = Caller(grid, names)
-            lead(
-                experiment, experiment.seeds[0], Path(str(config["folder"])), sessions, names,
-                caller, resume=bool(config["resume"]), listener=listener,
-                seconds=float(config["seconds"]), lost=caller.lost,
-            )  # fmt: skip
+        folder = Path(str(config["server"]))
+        federation = ex.load_federation(folder / "federation.toml")
+        keys = None if federation.insecure else keys_of(folder)
+        run = Run(experiment, Path(str(config["out"])), bool(config["resume"]))
+        if config["check"]:
+            _check(grid, federation, keys, experiment, folder)
+        elif experiment.exchange.resident:
+            _over_sessions(grid, federation, keys, run)
+        else:
+            _over_messages(grid, federation, keys, run)
 
     return app
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be run, and where to."""
+
+    experiment: ex.Experiment
+    folder: Path
+    resume: bool
+
+    @property
+    def seed(self) -> int:
+        return self.experiment.seeds[0]
+
+
+def _over_sessions(grid: Grid, federation: ex.FederationFile, keys: Keys | None, run: Run) -> None:
+    names = list(federation.sites)
+    with Sessions(federation.sessions, keys, names) as sessions:
+        caller = Caller(grid, names, federation.wait)
+        lead(
+            run.experiment, run.seed, run.folder, sessions, names, caller, resume=run.resume,
+            listener=Logged(), seconds=federation.wait, lost=caller.lost,
+        )  # fmt: skip
+
+
+def _over_messages(grid: Grid, federation: ex.FederationFile, keys: Keys | None, run: Run) -> None:
+    remote = _carried(grid, federation, keys, run.experiment)
+    lead_over(remote, run.experiment, run.seed, run.folder, resume=run.resume, listener=Logged())
+
+
+def _carried(
+    grid: Grid, federation: ex.FederationFile, keys: Keys | None, experiment: ex.Experiment
+) -> Carried:
+    order = order_of(experiment, experiment.seeds[0])
+    authority = keys.authority if keys else None
+    return Carried(grid, federation.sites, order, authority, federation.wait)
+
+
+def _check(
+    grid: Grid, federation: ex.FederationFile, keys: Keys | None, experiment: ex.Experiment,
+    folder: Path,
+) -> None:  # fmt: skip
+    """Ask all sites what they would say, and write it down; nothing is trained."""
+    ours = server_says(experiment)
+    found, reasons = _carried(grid, federation, keys, experiment).hello(Distant(ours).refuse)
+    missing = [f"{name} did not answer" for name in federation.sites if name not in found]
+    text = json.dumps({"server": ours, "sites": found, "refused": [*reasons, *missing]})
+    (folder / CHECKED).write_text(text)
 
 
 def client_app() -> ClientApp:
     """A site's end; its folder is the node's setting ``site``."""
     app = ClientApp()
 
-    @app.train("session")  # type: ignore[untyped-decorator]
-    def session(message: Message, context: Context) -> Message:
+    def who(context: Context) -> tuple[Path, ex.SiteFile, Keys | None]:
         folder = Path(str(context.node_config["site"]))
         site = ex.load_site(folder / "site.toml")
-        order = dict(message.content.config_records["order"])
-        take_part(order, site, folder, keys_of(folder))
-        return Message(RecordDict({"done": ConfigRecord({"site": site.name})}), reply_to=message)
+        return folder, site, None if site.insecure else keys_of(folder)
+
+    def reply(message: Message, facts: dict[str, Any]) -> Message:
+        return Message(RecordDict({RECORD: ConfigRecord(facts)}), reply_to=message)
+
+    @app.train("session")  # type: ignore[untyped-decorator]
+    def session(message: Message, context: Context) -> Message:
+        folder, site, keys = who(context)
+        take_part(content(message), site, folder, keys)
+        return reply(message, {"done": site.name})
+
+    @app.query("hello")  # type: ignore[untyped-decorator]
+    def hello(message: Message, context: Context) -> Message:
+        folder, site, keys = who(context)
+        order = content(message)
+        facts: dict[str, Any] = {**hosted(order, site, folder).facts, "name": site.name}
+        if keys is not None:
+            said = f"{order['nonce']} {context.node_id}".encode()
+            facts |= {"certificate": keys.certificate, "proof": prove(keys.key, said)}
+        return reply(message, facts)
+
+    @app.train("frame")  # type: ignore[untyped-decorator]
+    def frame(message: Message, context: Context) -> Message:
+        folder, site, _ = who(context)
+        order = content(message)
+        half = hosted(order, site, folder)
+        if "state" in order:
+            half.welcomed(order)
+        else:
+            half.go_on()
+        answer = half.answer(order["frame"])
+        half.pause()
+        return reply(message, {"frame": answer})
 
     return app

@@ -27,9 +27,16 @@ class Remote(Transport, Protocol):
         ...
 
 
-def hello(base: str, labels: Sequence[str]) -> Facts:
-    """What both sides must agree on before anything is trained."""
-    return {"version": fedllm.__version__, "base": base, "labels": "|".join(labels)}
+def hello(base: str, labels: Sequence[str], public: str) -> Facts:
+    """
+    What both sides must agree on before anything is trained.
+
+    base: hash of the frozen weights.  labels: in the order of their numbers.  public: hash of the
+    public set, where every site has a copy of its own.
+    """
+    return {
+        "version": fedllm.__version__, "base": base, "labels": "|".join(labels), "public": public,
+    }  # fmt: skip
 
 
 class Distant:
@@ -39,10 +46,10 @@ class Distant:
     A site that comes anew is told which of its states the last committed round had.
     """
 
-    def __init__(self, base: str, labels: Sequence[str]) -> None:
-        """base: hash of the frozen weights.  labels: in the order of their numbers."""
+    def __init__(self, ours: Facts) -> None:
+        """ours: what the server would say of itself (``hello``)."""
         self.exchange: Exchange
-        self._ours = hello(base, labels)
+        self._ours = ours
         self._names: dict[str, str] = {}
 
     def attach(self, folder: Path) -> None:
@@ -65,7 +72,7 @@ class Distant:
         return {"state": self._names.get(name, "")}
 
     def refuse(self, name: str, facts: Facts) -> str:
-        """Why a site is turned away: another version, base, or list of labels."""
+        """Why a site is turned away: another version, base, list of labels, or public set."""
         for key, value in self._ours.items():
             if facts.get(key) != value:
                 return f"site {name!r} has {key} {facts.get(key)!r}, the server {value!r}"

@@ -45,13 +45,39 @@ class Hosted:
         )  # fmt: skip
         half = federation.halve(experiment, seed, prepared, Silent())
         self._worker = federation.host(half, experiment, prepared, run, Silent())
+        mine = self._worker.sites[site.name]
+        self.rows = len(mine.train), len(mine.test)
         self._endpoint = Endpoint(self._worker.handle, experiment.exchange.codecs)  # type: ignore[arg-type]
         self._states = folder / "states"
         self._worker.states.attach(self._states)
         self._saved: list[str] = []
         folder.mkdir(parents=True, exist_ok=True)
-        self._audit = folder / "audit.jsonl"
-        self.facts: Facts = hello(half.model.base_hash, prepared.labels)
+        self._audit, self._paused = folder / "audit.jsonl", folder / "paused.json"
+        self.facts: Facts = hello(
+            half.model.base_hash, prepared.labels, federation.copied(experiment, prepared)
+        )
+
+    def go_on(self) -> None:
+        """Take the round up where the process before this one left it (``pause``)."""
+        try:
+            standing = json.loads(self._paused.read_text())
+            states.verify(self._states, [*standing["now"].values(), *standing["then"].values()])
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError) as error:
+            raise FedllmError(f"{self._paused}: cannot be read ({error})") from None
+        self._worker.stand(standing)
+        self._saved = [str(name) for name in standing["saved"]]
+
+    def pause(self) -> None:
+        """Write down what the next process needs to go on."""
+        standing = {**self._worker.standing(), "saved": self._saved}
+        aside = self._paused.with_suffix(".part")
+        aside.write_text(json.dumps(standing))
+        aside.replace(self._paused)
+        if len(self._saved) == KEPT:
+            kept = [*self._saved, *standing["now"].values(), *standing["then"].values()]
+            states.sweep(self._states, kept)
 
     def welcomed(self, facts: Facts) -> None:
         """Go back to the state of the last committed round, as the server says."""

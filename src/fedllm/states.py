@@ -111,6 +111,17 @@ class States:
         self._sizes.clear()
         self._held = 0
 
+    def standing(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Names of the states in the open round, and of those committed before; all are written."""
+        for name in {*self._now.values(), *self._then.values()} & set(self._owner):
+            self._write(name)
+        return dict(sorted(self._now.items())), dict(sorted(self._then.items()))
+
+    def stand(self, now: Mapping[str, str], then: Mapping[str, str]) -> None:
+        """Go on in the open round, where ``standing`` was asked."""
+        self.restore(now)
+        self._then = dict(then)
+
     def _remember(self, name: str, state: State) -> None:
         size = sum(t.numel() * t.element_size() for t in state.values())
         self._cache[name] = state

@@ -111,6 +111,29 @@ class Worker:
             self._last.move_to_end(client)
         return reply
 
+    def standing(self) -> dict[str, Any]:
+        """What a worker in another process needs to go on in the open round."""
+        now, then = self.states.standing()
+        return {
+            "now": now,
+            "then": then,
+            "attempts": {c: list(a) for c, a in self._attempt.items()},
+        }
+
+    def stand(self, standing: Mapping[str, Any]) -> None:
+        """
+        Go on where another worker's ``standing`` left off.
+
+        What lives only while a round is open (``Site.live``) is not brought along.
+        """
+        self.states.stand(standing["now"], standing["then"])
+        for client, (number, attempt) in standing["attempts"].items():
+            self._attempt[client] = (int(number), int(attempt))
+            self._round = max(self._round, int(number))
+            site = self.sites[client]
+            site.round = int(number)
+            site.meter.paid = set(site.group(PAID))
+
     def _open(self, site: Site, message: Message) -> None:
         now = (message.round, message.attempt)
         before = self._attempt.get(site.name)

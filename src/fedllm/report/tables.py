@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 QUALITY = {
     "classification": (("accuracy", "accuracy", 100), ("macro_f1", "macro-F1", 100)),
@@ -101,6 +102,29 @@ def show(summary: dict[str, Any]) -> None:
     runs = summary.get("parts") or {"": summary}
     for flag in sorted({flag for run in runs.values() for flag in run["flags"]}):
         console.print(f"note: {flag}", style="yellow", markup=False)
+
+
+def handshake(found: dict[str, Any]) -> None:
+    """Print what the sites of a federation said, beside what the server says."""
+    console = Console(width=None if Console().is_terminal else 150)
+    table = Table("", *found["server"], title="handshake")
+    for name, facts in (("server", found["server"]), *sorted(found["sites"].items())):
+        cells = []
+        for key, ours in found["server"].items():
+            value = str(facts.get(key, "")) or "-"
+            shown = value if len(value) <= 24 else f"{value[:21]}..."
+            cells.append(Text(shown, style="" if facts.get(key) == ours else "red"))
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def rehearsal(found: Sequence[tuple[str, str, bool]]) -> None:
+    """Print what ``fedllm site check`` found."""
+    console = Console(width=None if Console().is_terminal else 150)
+    table = Table(title="what this site would answer", show_header=False)
+    for what, said, good in found:
+        table.add_row(what, Text(said), style=None if good else "red")
+    console.print(table)
 
 
 def check(found: dict[str, Any]) -> None:

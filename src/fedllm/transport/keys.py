@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -128,6 +129,35 @@ def name_of(certificate: bytes) -> str:
     subject = x509.load_pem_x509_certificate(certificate).subject
     (name,) = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(name.value)
+
+
+def prove(key: bytes, said: bytes) -> bytes:
+    """A signature under what somebody said, by which ``proven`` knows who it was."""
+    private = serialization.load_pem_private_key(key, None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    return private.sign(said, ec.ECDSA(hashes.SHA384()))
+
+
+def proven(authority: bytes, certificate: bytes, proof: bytes, said: bytes) -> str:
+    """
+    Who said it: the name in a certificate of this authority whose key signed it.
+
+    Raises FedllmError for another authority's certificate, one that is not valid now, or another
+    key's signature.
+    """
+    try:
+        theirs = x509.load_pem_x509_certificate(certificate)
+        theirs.verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
+        key = theirs.public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        key.verify(proof, said, ec.ECDSA(hashes.SHA384()))
+    except (ValueError, TypeError, InvalidSignature) as error:
+        reason = str(error) or "the signature is not its key's"
+        raise FedllmError(f"certificate: not one of this federation ({reason})") from None
+    now = datetime.datetime.now(datetime.UTC)
+    if not theirs.not_valid_before_utc <= now <= theirs.not_valid_after_utc:
+        raise FedllmError(f"certificate: valid until {theirs.not_valid_after_utc:%Y-%m-%d} only")
+    return name_of(certificate)
 
 
 def node_keys() -> tuple[bytes, bytes]:

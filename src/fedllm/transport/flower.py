@@ -1,0 +1,150 @@
+"""
+Frames as Flower messages: each is a process at the site that begins and ends with it.
+
+Slower than a session, but nothing stays resident and Flower's port is the only one. Which site is
+behind a node, the site proves once with the key of its certificate; from then on Flower's own keys
+say that answers come from that node.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedllm.errors import FedllmError
+from fedllm.message import Failure
+from fedllm.transport.keys import proven
+from fedllm.transport.session import Facts
+
+LOG = logging.getLogger(__name__)
+HELLO, FRAME = "query.hello", "train.frame"
+RECORD = "fedllm"
+PAUSE = 0.3  # seconds between looks for answers; Flower's own are 3 s apart
+DAY = 86_400.0
+
+
+def connected(grid: Grid, count: int, seconds: float) -> list[int]:
+    """Nodes, once there are so many. Raises FedllmError when there are fewer after ``seconds``."""
+    until = time.monotonic() + seconds
+    while len(nodes := sorted(grid.get_node_ids())) < count:
+        if time.monotonic() > until:
+            raise FedllmError(f"{len(nodes)} of {count} sites are connected after {seconds:g} s")
+        time.sleep(PAUSE)
+    return nodes
+
+
+def send(grid: Grid, kind: str, node: int, content: Mapping[str, Any]) -> str:
+    """One message to one node; returns its id."""
+    record = RecordDict({RECORD: ConfigRecord(dict(content))})
+    (id,) = grid.push_messages([grid.create_message(record, kind, node, group_id="", ttl=DAY)])
+    return id
+
+
+def content(message: Message) -> dict[str, Any]:
+    """What ``send`` put in, or a reply holds."""
+    return dict(message.content.config_records[RECORD])
+
+
+class Carried:
+    """
+    The server's end: a transport over Flower's Grid.
+
+    What a site knows from one message to the next lies in its own folder.
+    """
+
+    window: int | None = None
+
+    def __init__(
+        self, grid: Grid, names: Sequence[str], order: Mapping[str, Any], authority: bytes | None,
+        seconds: float = 300.0,
+    ) -> None:  # fmt: skip
+        """
+        names: of all sites.  order: what every message says of the run.  authority: PEM of who
+        signed the sites' certificates; None only where somebody wrote ``insecure``.  seconds: to
+        wait for the sites.
+        """
+        self._grid, self._names, self._order = grid, sorted(names), dict(order)
+        self._authority, self._seconds = authority, seconds
+        self._nodes: dict[str, int] = {}
+        self._asked: dict[str, str] = {}  # message -> site
+        self._new: set[str] = set()  # sites that did not answer since the run began
+        self._greet: Callable[[str], Facts] = lambda _: {}
+
+    def begin(self, greet: Callable[[str], Facts], refuse: Callable[[str, Facts], str]) -> None:
+        """Have all sites say what they have. Raises FedllmError naming who is missing or unfit."""
+        found, reasons = self.hello(refuse)
+        missing = [name for name in self._names if name not in found]
+        if reasons or missing:
+            reasons += [f"{name} did not answer" for name in missing]
+            raise FedllmError("; ".join(reasons))
+        self._greet, self._new = greet, set(self._names)
+
+    def hello(self, refuse: Callable[[str, Facts], str]) -> tuple[dict[str, Facts], list[str]]:
+        """What each site says of itself, and why sites are turned away or did not answer."""
+        nodes = connected(self._grid, len(self._names), self._seconds)
+        nonce = secrets.token_hex(16)
+        asked = {send(self._grid, HELLO, n, {**self._order, "nonce": nonce}): n for n in nodes}
+        found: dict[str, Facts] = {}
+        reasons: list[str] = []
+        until = time.monotonic() + self._seconds
+        while asked and time.monotonic() < until:
+            for reply in self._grid.pull_messages(list(asked)):
+                node = asked.pop(reply.metadata.reply_to_message_id)
+                if reply.has_error():
+                    reasons.append(f"node {node}: {reply.error.reason}")
+                    continue
+                facts = content(reply)
+                try:
+                    name = self._identify(facts, f"{nonce} {node}".encode())
+                except FedllmError as error:
+                    reasons.append(f"node {node}: {error}")
+                    continue
+                if reason := refuse(name, facts):
+                    reasons.append(reason)
+                found[name] = facts
+                self._nodes[name] = node
+            time.sleep(PAUSE)
+        return found, reasons
+
+    def _identify(self, facts: dict[str, Any], said: bytes) -> str:
+        name = str(facts.pop("name", ""))
+        certificate, proof = facts.pop("certificate", b""), facts.pop("proof", b"")
+        if self._authority is not None:
+            name = proven(self._authority, certificate, proof, said)
+        if name not in self._names:
+            raise FedllmError(f"{name!r} is no site of this federation")
+        return name
+
+    def clients(self) -> Sequence[str]:
+        """All sites of the federation."""
+        return self._names
+
+    def post(self, client: str, frame: bytes) -> str:
+        """Send a frame to the process that Flower will start for it."""
+        more = {"state": self._greet(client)["state"]} if client in self._new else {}
+        node = self._nodes[client]
+        id = send(self._grid, FRAME, node, {**self._order, **more, "frame": frame})
+        self._asked[id] = client
+        return id
+
+    def collect(self, timeout: float | None = None) -> Iterator[tuple[str, bytes | Failure]]:
+        """Answers as they come; a Failure where Flower gives a site or its process up."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while self._asked:
+            for reply in self._grid.pull_messages(list(self._asked)):
+                id = reply.metadata.reply_to_message_id
+                client = self._asked.pop(id)
+                if reply.has_error():
+                    yield id, Failure(client, "", f"Flower: {reply.error.reason}")
+                    continue
+                self._new.discard(client)
+                yield id, bytes(content(reply)["frame"])
+            if until is not None and time.monotonic() >= until:
+                return
+            time.sleep(PAUSE)

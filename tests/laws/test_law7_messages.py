@@ -1,0 +1,164 @@
+"""Law 7 where no site stays: every message meets a process that knows only the site's folder."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Error, Message, Metadata, RecordDict
+
+from fedllm import experiment as ex
+from fedllm import federation, ledger
+from fedllm.across import lead_over, order_of
+from fedllm.data import own
+from fedllm.data.simulation import divide
+from fedllm.errors import FedllmError
+from fedllm.federation import Silent
+from fedllm.flower import CHECKED, client_app, server_app
+from fedllm.transport.flower import FRAME, HELLO, Carried
+from laws.test_law7_across import Sites, counted, rows, weights
+from small import experiment
+
+
+class Nodes:
+    """Flower's Grid without machines: each message meets a new app, which may be made to die."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.folders = {11 + number: folder for number, folder in enumerate(folders)}
+        self.replies: dict[str, Message] = {}
+        self.kinds: list[str] = []
+        self.dying: dict[int, str] = {}  # number of a message -> what its process dies of
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.folders)
+
+    def create_message(self, record: RecordDict, kind: str, node: int, **_: Any) -> Message:
+        about = Metadata(1, str(len(self.kinds)), 0, node, "", "", 0.0, 60.0, kind)
+        return Message(content=record, metadata=about)
+
+    def push_messages(self, messages: list[Message]) -> list[str]:
+        (message,) = messages
+        about = message.metadata
+        context = Context(
+            1, about.dst_node_id, {"site": str(self.folders[about.dst_node_id])}, RecordDict(), {}
+        )
+        number = len(self.kinds)
+        self.kinds.append(about.message_type)
+        try:
+            if number in self.dying:
+                raise FedllmError(self.dying[number])
+            reply = client_app()(message, context)
+        except FedllmError as error:
+            answer = Metadata(1, "", about.dst_node_id, 0, str(number), "", 0.0, 60.0, "train")
+            reply = Message(error=Error(2, str(error)), metadata=answer)
+        self.replies[str(number)] = reply
+        return [str(number)]
+
+    def pull_messages(self, ids: list[str]) -> list[Message]:
+        return [self.replies.pop(id) for id in ids if id in self.replies]
+
+
+def ran(sites: Sites, folder: Path, dying: dict[int, str] | None = None, **more: Any) -> Nodes:
+    nodes = Nodes([folder.parent / name for name in sites.names])
+    nodes.dying = dying or {}
+    remote = Carried(nodes, sites.names, order_of(sites.spec, 0), sites.keys.authority, 5.0)  # type: ignore[arg-type]
+    lead_over(remote, sites.spec, 0, folder, **more)
+    return nodes
+
+
+@pytest.mark.parametrize("kind", ["parameters", "logits"])
+def test_a_run_by_messages_is_the_one_in_process(kind: str, tmp_path: Path) -> None:
+    spec = experiment(
+        rounds=2, strategy={"kind": kind}, tunables={"dropout": 0.1}, exchange={"resident": False},
+        training={"optimizer": "adam", "rate": 0.003, "optimizer_state": "keep"},
+        simulation={"cohort": 1, "test_examples": 30},
+    )  # fmt: skip
+    sites = Sites(tmp_path, spec)
+    torch.set_num_threads(1)
+    nodes = ran(sites, tmp_path / "across")
+    assert nodes.kinds[:3] == [HELLO] * 3
+    assert set(nodes.kinds[3:]) == {FRAME}
+
+    def together(columns: Any) -> Any:
+        public = own.division(sites.spec, columns, None).public
+        return replace(divide(spec, columns, 0), public=public)
+
+    prepared = federation.prepare(sites.spec, 0, divided=together)
+    federation.run(sites.spec, 0, tmp_path / "inside", prepared=prepared)
+    assert weights(tmp_path / "inside") == weights(tmp_path / "across") != {}
+    assert counted(tmp_path / "inside") == counted(tmp_path / "across")
+
+
+class Stop(Silent):
+    """Stops the server after a round."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def round(self, entry: Any) -> None:
+        if entry["round"] == self.number:
+            raise KeyboardInterrupt
+
+
+def test_a_server_that_stopped_goes_on_and_a_dead_process_costs_its_message(tmp_path: Path) -> None:
+    spec = experiment(
+        rounds=3, exchange={"resident": False, "minimum_replies": 2},
+        training={"optimizer": "adam", "rate": 0.003, "optimizer_state": "keep"},
+        simulation={"cohort": 1, "test_examples": 30},
+    )  # fmt: skip
+    sites = Sites(tmp_path, spec)
+    whole = ran(sites, tmp_path / "whole", {5: "out of memory"})  # of the first three trainings
+    failed = [row for row in ledger.read(tmp_path / "whole" / "ledger.jsonl") if row.failures]
+    assert [(row.round, row.reason) for row in failed] == [(1, "Flower: out of memory")]
+    for name in sites.names:
+        (tmp_path / name / "runs").rename(tmp_path / name / "runs of the whole")
+    with pytest.raises(KeyboardInterrupt):
+        ran(sites, tmp_path / "cut", {5: "out of memory"}, listener=Stop(2))
+    again = ran(sites, tmp_path / "cut", resume=True)
+    assert len(again.kinds) < len(whole.kinds)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut") != {}
+
+
+def test_a_handshake_says_what_everybody_has_and_trains_nothing(tmp_path: Path) -> None:
+    sites = Sites(tmp_path, experiment(strategy={"kind": "logits"}, exchange={"resident": False}))
+    (tmp_path / "experiment.toml").write_text(ex.dump(sites.spec))
+    listed = ", ".join(f'"{name}"' for name in sites.names)
+    (tmp_path / "server" / "federation.toml").write_text(
+        f'superlink = "127.0.0.1:1"\nsessions = "127.0.0.1:2"\nsites = [{listed}]\nwait = 5\n'
+    )
+    (tmp_path / "server" / "flower").mkdir()
+    other = rows(tmp_path / "other.csv", [{"text": "something else", "intent": "greeting"}])
+    site = tmp_path / "client-2" / "site.toml"
+    site.write_text(site.read_text().replace(sites.public, other))
+    nodes = Nodes([tmp_path / name for name in sites.names])
+    config = {"server": str(tmp_path / "server"), "out": "", "resume": False, "check": True}
+    context = Context(1, 0, {}, RecordDict(), config)
+    server_app(tmp_path / "experiment.toml")(nodes, context)  # type: ignore[arg-type]
+    found = json.loads((tmp_path / "server" / CHECKED).read_text())
+    assert found["sites"]["client-1"] == found["server"]
+    assert found["sites"]["client-2"]["base"] == found["server"]["base"]
+    (reason,) = found["refused"]
+    assert "site 'client-2' has public" in reason
+    assert set(nodes.kinds) == {HELLO}
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_who_a_node_is_it_has_to_prove(tmp_path: Path) -> None:
+    sites = Sites(tmp_path, experiment(exchange={"resident": False}))
+    for file in ("certificate.pem", "key.pem"):  # client-1 comes with the keys of client-2
+        (tmp_path / "client-1" / file).write_bytes((tmp_path / "client-2" / file).read_bytes())
+    with pytest.raises(FedllmError, match="client-1 did not answer"):
+        ran(sites, tmp_path / "one")
+    (tmp_path / "other").mkdir()
+    Sites(tmp_path / "other", experiment())
+    stranger_keys = tmp_path / "other" / "client-1"
+    for file in ("certificate.pem", "key.pem"):
+        (tmp_path / "client-1" / file).write_bytes((stranger_keys / file).read_bytes())
+    with pytest.raises(FedllmError, match="not one of this federation"):
+        ran(sites, tmp_path / "two")
+    own = (tmp_path / "other" / "client-2" / "key.pem").read_bytes()
+    (tmp_path / "client-2" / "key.pem").write_bytes(own)  # its certificate, another's key
+    with pytest.raises(FedllmError, match="the signature is not its key's"):
+        ran(sites, tmp_path / "three")

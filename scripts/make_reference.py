@@ -139,8 +139,8 @@ MEANING = {
     "exchange.clients_per_round": "clients drawn each round; without it all",
     "exchange.minimum_replies": "replies without which a step ends the run with an error; without "
                                 "it all that were asked",
-    "exchange.resident": "across machines: sites stay for the whole run, in a session; `false`: each "
-    "message is a process of its own at the site (parameters and logits; slower, but one port)",
+    "exchange.resident": "across machines: sites stay for the whole run, in a session; `false`: "
+    "each message is a process of its own at the site (parameters and logits; slower, one port)",
     "exchange.deadline": "seconds for the answers of one step; who is later is left out of it, and "
                          "what still comes is counted and dropped. In one process nobody is late",
     "exchange.codecs": "codec by role, e.g. `{ activation = \"fp16\", gradient = \"fp16\" }`",

@@ -1,5 +1,6 @@
 """A client that fails: named, counted, and left out where fewer replies are enough."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from fedllm.errors import FedllmError
-from fedllm.message import Failure, Message
+from fedllm.message import Failure, Message, Role, of_role
 from fedllm.round import Federation
 from fedllm.training import halves
 from fedllm.training.jobs import Tasked
@@ -222,3 +223,110 @@ def test_a_soft_prompt_is_counted_once() -> None:
 
     whole = flops({"kind": "parameters"})
     assert flops({"kind": "activations", "cut": 2}) == pytest.approx(whole, rel=0.02)
+
+
+LIES: dict[str, tuple[str, Any, str]] = {
+    "an infinite weight": ("parameters", lambda m: m.facts.update(weight=math.inf), "'weight'"),
+    "a weight below 0": ("parameters", lambda m: m.facts.update(weight=-5.0), "more than 0"),
+    "no weight": ("logits", lambda m: m.facts.pop("weight"), "said None for 'weight'"),
+    "no number": ("logits", lambda m: m.facts.update(loss="low"), "said 'low' for 'loss'"),
+    "a cost of nothing": ("parameters", lambda m: m.facts.update({"cost.a": 1}), "costs"),
+    "a cost unheard of": ("parameters", lambda m: m.facts.update({"cost.a.gold": 1}), "costs"),
+    "a cost below 0": ("parameters", lambda m: m.facts.update({"cost.a.flops": -1}), "costs"),
+    "another name": ("parameters", lambda m: rename(m, "other"), "other names"),
+    "another shape": ("parameters", lambda m: reshape(m), "with shape"),
+    "eight bits": ("parameters", lambda m: cast(m, torch.float8_e4m3fn), "float8"),
+    "too few logits": ("logits", lambda m: reshape(m), "with shape"),
+    "no activations": ("activations", lambda m: rename(m, "other"), "not ["),
+    "endless rows": ("activations", lambda m: m.tensors["lengths"].fill_(2**30), "is longer than"),
+    "negative rows": ("activations", lambda m: m.tensors["lengths"].fill_(-1), "or empty"),
+    "labels unheard of": ("activations", lambda m: m.tensors["labels"].fill_(10**6), "labels"),
+}  # fmt: skip
+
+
+def rename(message: Message, name: str) -> None:
+    first = min(message.tensors)
+    message.tensors[name], message.roles[name] = (
+        message.tensors.pop(first),
+        message.roles.pop(first),
+    )
+
+
+def reshape(message: Message) -> None:
+    first = min(message.tensors)
+    message.tensors[first] = message.tensors[first][:1].flatten()
+
+
+def cast(message: Message, dtype: torch.dtype) -> None:
+    first = min(message.tensors)
+    message.tensors[first] = message.tensors[first].to(dtype)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_reply_that_does_not_fit_is_its_clients_failure(lie: str) -> None:
+    """Not the run's: nothing of it is used, whatever it says."""
+    kind, change, reason = LIES[lie]
+    spec = experiment(
+        GPT2, rows=48, strategy={"kind": kind}, exchange={"minimum_replies": 2}
+    )  # fmt: skip
+    built = build(spec)
+    strategy: Any = built.strategy
+    task = first_task(built)
+    honest = strategy.tasks[task]
+
+    def lying(site: Any, message: Message) -> Tasked[Message]:
+        reply = honest(site, message)
+        reply = reply if isinstance(reply, Message) else (yield from reply)
+        if site.name == "client-2":
+            change(reply)
+        return reply
+
+    strategy.tasks = {**strategy.tasks, task: lying}
+    end = finish(built)
+    assert all(torch.isfinite(t).all() for t in end.server.shared.values())
+    failed = [row for row in built.ledger.rows if row.failures]
+    assert {row.client for row in failed} == {"client-2"}
+    assert all(reason in row.reason for row in failed), failed[0].reason
+
+
+def test_a_client_trains_its_tunables_and_nothing_else() -> None:
+    """Whatever names and shapes the server sends: the base is frozen, and ranks are agreed."""
+    built = build(experiment(GPT2, rows=48))
+    site = built.worker.sites["client-1"]
+    base = "model.transformer.wte.weight"
+    name = next(name for name in site.model.initial if "lora_A" in name)
+    larger = torch.zeros(64, site.model.initial[name].shape[1])
+    for sent in ({base: torch.zeros(1000, 128)}, {name: larger}, {name: larger.int()}):
+        for task in ("train", "evaluate"):
+            message = Message(
+                "a1", task, sent, of_role(Role.PARAMETER, sent), {"model": "candidate"}, "client-1",
+                "1", run=built.worker.run, base=built.worker.base,
+            )  # fmt: skip
+            (reply,) = built.worker.handle({"client-1": message}).values()
+            assert isinstance(reply, Failure)
+            assert "none of this experiment's tunables" in reply.reason
+
+
+@pytest.mark.parametrize("change", [
+    lambda sums: sums.pop("units"), lambda sums: sums.update(confusion=torch.zeros(2, 2)),
+    lambda sums: sums["confusion"].fill_(-1), lambda sums: sums.update(more=torch.ones(1)),
+])  # fmt: skip
+def test_statistics_that_are_none_are_left_out(change: Any) -> None:
+    built = build(experiment(GPT2, rows=48, exchange={"minimum_replies": 2}))
+    evaluate = built.worker._evaluate
+
+    def lying(site: Any, message: Message) -> Tasked[Message]:
+        reply = yield from evaluate(site, message)
+        if site.name == "client-2":
+            change(reply.tensors)
+            reply.roles.update(of_role(Role.STATISTIC, reply.tensors))
+            for name in set(reply.roles) - set(reply.tensors):
+                del reply.roles[name]
+        return reply
+
+    built.worker._evaluate = lying  # type: ignore[method-assign]
+    end = finish(built)
+    assert end.history[-1]["global"]["missing_clients"] == 1
+    failed = [row for row in built.ledger.rows if row.failures]
+    assert {(row.client, row.step) for row in failed} == {("client-2", "eval")}
+    assert all("counted" in row.reason for row in failed)

@@ -1,12 +1,8 @@
 """The whole of it, as operators do it: Flower with TLS and node authentication, three sites."""
 
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import three_sites
 
 from fedllm import experiment as ex
 from fedllm import federation
@@ -33,25 +30,6 @@ SPEC = experiment(
 )  # fmt: skip
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses now; the first two follow each other."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            others = [socket.socket() for _ in range(count - 2)]
-            for other in others:
-                other.bind(("127.0.0.1", 0))
-            found = [port, port + 1, *(other.getsockname()[1] for other in others)]
-            for other in others:
-                other.close()
-            return found
-
-
 def fedllm(*words: str, cwd: Path) -> str:
     done = subprocess.run([*COMMAND, *words], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,51 +39,14 @@ def fedllm(*words: str, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A federation of three sites that is up."""
-    from laws.test_law7_across import rows
-
     folder = tmp_path_factory.mktemp("federation")
-    port, _, *others = free_ports(5)
-    fedllm("server", "init", "server", "--host", "127.0.0.1", "--port", str(port), cwd=folder)
-    division = divide(SPEC, ("text", "intent"), 0)
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def start(*words: str, log: str) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        processes.append(
-            subprocess.Popen(
-                [*COMMAND, *words], cwd=folder, env=environment, start_new_session=True,
-                stdout=(folder / log).open("w"), stderr=subprocess.STDOUT,
-            )
-        )  # fmt: skip
-
-    for name, mine in division.clients.items():
-        fedllm("site", "init", name, "--name", name, cwd=folder)
-        fedllm("server", "sign", "server", f"{name}/request.pem", cwd=folder)
-        rows(folder / name / "train.csv", list(mine.train))
-        rows(folder / name / "test.csv", list(mine.test))
-    start("server", "start", "server", log="server.log")
-    wait_for(folder / "server.log", "ready")
-    for name, own_port in zip(division.clients, others, strict=True):
-        address = f"127.0.0.1:{port}"
-        start("site", "start", name, "--server", address, "--port", str(own_port),
-              log=f"{name}.log")  # fmt: skip
-    data = SPEC.data.model_copy(update={"labels": division.labels})
-    (folder / "experiment.toml").write_text(ex.dump(SPEC.replace(data=data)))
+    started = three_sites.up(
+        folder, SPEC, divide(SPEC, ("text", "intent"), 0), three_sites.free_ports(), lambda _: None
+    )
     yield folder
-    for process in processes:
-        os.killpg(process.pid, signal.SIGTERM)
-    for process in processes:
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_for(path: Path, word: str, seconds: float = 90.0) -> None:
-    until = time.monotonic() + seconds
-    while word not in path.read_text():
-        assert time.monotonic() < until, path.read_text()
-        time.sleep(0.2)
+    three_sites.down(folder, lambda _: None)
+    for process in started.values():
+        process.wait(20)
 
 
 def simulated(spec: ex.Experiment) -> federation.Prepared:
@@ -181,7 +122,7 @@ class Grid:
 
 def test_a_site_whose_process_died_is_called_again_and_one_that_refuses_ends_the_run() -> None:
     grid = Grid([11, 22])
-    caller = Caller(grid, ["a", "b"])  # type: ignore[arg-type]
+    caller = Caller(grid)  # type: ignore[arg-type]
     with Sessions("127.0.0.1:0", None, ["a", "b"]) as sessions:
         called = Called(sessions, ["a", "b"], lambda name, token: caller(name, {"token": token}),
                         60.0, caller.lost)  # fmt: skip

@@ -1,13 +1,16 @@
 import json
+import math
 import struct
 import zlib
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedllm import message
 from fedllm.codecs import CODECS
 from fedllm.errors import FedllmError
 from fedllm.exchange import decode, encode
@@ -153,3 +156,39 @@ def test_an_unknown_codec_is_refused() -> None:
     )
     with pytest.raises(FedllmError, match="zip"):
         decode(frame)
+
+
+DTYPES = [torch.int64, torch.float64, torch.float32, torch.int32, torch.bfloat16, torch.float16,
+          torch.int16, torch.int8, torch.uint8, torch.bool]  # fmt: skip
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 3), max_size=3), max_size=5),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=5, max_size=5),
+    names=st.lists(
+        st.text(st.characters(codec="utf-8"), min_size=1, max_size=6),
+        min_size=5,
+        max_size=5,
+        unique=True,
+    ),
+)
+def test_a_body_is_what_the_library_writes(
+    shapes: list[list[int]], dtypes: list[torch.dtype], names: list[str]
+) -> None:
+    """Byte for byte, whatever the shapes, kinds and names; and transposed ones, too."""
+    tensors = {}
+    for name, dtype, shape in zip(names, dtypes, shapes, strict=False):
+        tensors[name] = (torch.arange(math.prod(shape)) % 2).reshape(shape).to(dtype).mT \
+            if len(shape) > 1 else torch.ones(shape, dtype=dtype)  # fmt: skip
+    theirs = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
+    assert b"".join(message._body(tensors)) == theirs
+
+
+def test_the_outline_is_what_unpacking_says() -> None:
+    sent = Message(
+        "s", "t", {"a": torch.ones(3), "b": torch.ones(2, 2).half(), "c": torch.ones(2)},
+        {"a": Role.LOGIT, "b": Role.PARAMETER, "c": Role.LOGIT}, {"x": 1}, round=3,
+    )  # fmt: skip
+    found, roles = message.outline(pack(sent))
+    assert (found["step"], found["task"], found["round"], found["facts"]) == ("s", "t", 3, {"x": 1})
+    assert roles == {role.value: size for role, size in message.payload_bytes(sent).items()}

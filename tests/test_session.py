@@ -26,8 +26,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Keys]:
 
     def of(name: str) -> Keys:
         if name not in made:
-            key, asked = request(name, ["localhost", "127.0.0.1"])
-            made[name] = Keys(own.certificate, issue(own, asked), key)
+            key, asked = request(name)
+            hosts = ["localhost", "127.0.0.1"] if name == "server" else []
+            made[name] = Keys(own.certificate, issue(own, asked, hosts), key)
         return made[name]
 
     return of
@@ -82,7 +83,9 @@ def test_a_large_frame_passes_and_a_larger_one_than_allowed_does_not(
     keys: Callable[[str], Keys],
 ) -> None:
     small = Sessions("127.0.0.1:0", keys("server"), patience=1.0, largest=2**20)
-    site = Site(small, "a", keys("a"), largest=2**20, answer=lambda frame: frame * 2, patience=1.0)
+    site = Site(
+        small, "a", keys("a"), largest=2**20, patience=1.0, answer=lambda frame: bytes(frame) * 2
+    )
     assert small.wait(["a"], 20) == []
     id = small.post("a", b"x" * 2**19)
     assert answers(small) == {id: b"x" * 2**20}
@@ -131,7 +134,7 @@ def test_a_certificate_of_another_authority_gets_no_connection(
     server: Sessions, keys: Callable[[str], Keys], whose: str
 ) -> None:
     theirs = authority("another")
-    key, asked = request("a", [])
+    key, asked = request("a")
     certificate = issue(theirs, asked)
     site = Site(
         server, "a", Keys(keys("a").authority, certificate, key) if whose == "stranger" else None,
@@ -281,3 +284,115 @@ def test_keys_are_files_that_only_the_owner_reads(tmp_path: Path) -> None:
 
     write(tmp_path / "key.pem", b"secret", private=True)
     assert (tmp_path / "key.pem").stat().st_mode & 0o077 == 0
+
+
+def test_patience_counts_from_when_the_stream_broke(
+    server: Sessions, keys: Callable[[str], Keys]
+) -> None:
+    """A site may wait for long between two questions; that is no absence."""
+    site = Site(server, "a", keys("a"), patience=1.0)
+    assert server.wait(["a"], 20) == []
+    time.sleep(1.5)
+    break_streams(server)
+    id = server.post("a", b"x")
+    assert answers(server) == {id: b"a x"}
+    assert site.error is None
+
+
+def stream(server: Sessions, *words: bytes, end: threading.Event | None = None) -> Any:
+    """A stream of somebody who writes by hand; open until ``end``."""
+
+    def said() -> Iterator[bytes]:
+        yield from words
+        if end is not None:
+            end.wait(20)
+
+    channel = grpc.insecure_channel(server.address)
+    return channel.stream_stream(f"/{session.SERVICE}/{session.METHOD}")(said())
+
+
+def test_a_token_is_spent_when_the_site_says_that_the_welcome_came() -> None:
+    with Sessions("127.0.0.1:0", None, ["a", "b"]) as server:
+        token, stay = server.admit(), threading.Event()
+        hello = session._session("hello", {"name": "a", "token": token})
+        first = stream(server, hello, end=stay)
+        next(first)  # the welcome; as if it were lost on its way
+        theirs = stream(server, session._session("hello", {"name": "b", "token": token}), end=stay)
+        with pytest.raises(grpc.RpcError, match="no valid token"):
+            next(theirs)
+        second = stream(server, hello, session._session("here"), end=stay)
+        next(second)
+        assert server.present() == ["a"]
+        time.sleep(0.2)
+        third = stream(server, hello, end=stay)
+        with pytest.raises(grpc.RpcError, match="no valid token"):
+            next(third)
+        stay.set()
+
+
+def test_streams_that_say_nothing_are_closed_and_keep_nobody_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "HELLO_SECONDS", 0.5)
+    monkeypatch.setattr(session, "STRANGE", 100)
+    with Sessions("127.0.0.1:0", None, ["a"], most=4) as server:
+        stay = threading.Event()
+        silent = [stream(server, end=stay) for _ in range(4)]
+        site = Site(server, "a", None)
+        assert server.wait(["a"], 20) == []
+        for one in silent:
+            with pytest.raises(grpc.RpcError):
+                next(one)
+        monkeypatch.setattr(session, "STRANGE", 1)
+        silent = [stream(server, end=stay) for _ in range(3)]
+        reasons = []
+        for one in silent:
+            with pytest.raises(grpc.RpcError) as error:
+                next(one)
+            reasons.append(error.value.details())
+        assert sum("without a hello" in reason for reason in reasons) == 2
+        stay.set()
+        assert site.error is None
+
+
+def test_what_nobody_waits_for_is_not_kept_and_not_begun(
+    server: Sessions, keys: Callable[[str], Keys]
+) -> None:
+    done: list[bytes] = []
+    go = threading.Event()
+
+    def slowly(frame: bytes) -> bytes:
+        done.append(frame)
+        go.wait(20)
+        return frame
+
+    Site(server, "a", keys("a"), answer=slowly)
+    assert server.wait(["a"], 20) == []
+    ids = [server.post("a", word) for word in (b"one", b"two", b"three")]
+    while not done:
+        time.sleep(0.01)
+    for id in ids[:2]:
+        server.expire(id)
+    assert list(server._links["a"].waiting) == [3]
+    time.sleep(0.3)  # the site hears of it while it is busy
+    go.set()
+    found = answers(server)
+    assert found[ids[0]] == b"one"  # late, to be counted
+    assert isinstance(found[ids[1]], Failure)
+    assert found[ids[2]] == b"three"
+    assert done == [b"one", b"three"]
+
+
+def test_every_frame_that_leaves_is_heard_of(server: Sessions, keys: Callable[[str], Keys]) -> None:
+    left: list[bytes] = []
+
+    def broken(frame: bytes) -> bytes:
+        raise ValueError("row 7: Jane Doe")
+
+    Site(server, "a", keys("a"), answer=broken, sent=left.append)
+    assert server.wait(["a"], 20) == []
+    id = server.post("a", b"x")
+    found = answers(server)[id]
+    assert isinstance(found, Failure)
+    assert "Jane" not in found.reason
+    assert [session.unpack(frame)[0].task for frame in left] == ["hello", "here", "failed"]

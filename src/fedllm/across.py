@@ -8,6 +8,7 @@ all else goes through a session that the site opens.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,20 +18,31 @@ from fedllm import experiment as ex
 from fedllm import federation
 from fedllm.errors import FedllmError
 from fedllm.federation import Listener, Silent
-from fedllm.message import Failure
+from fedllm.message import Failure, Frame
 from fedllm.remote import Facts, Remote, hello
 from fedllm.site import Hosted, prepare_server
-from fedllm.transport.session import Keys, Sessions, attend
+from fedllm.transport.session import TOKEN_SECONDS, Keys, Sessions, attend
 
 LOG = logging.getLogger(__name__)
 Order = dict[str, str | int]
 """experiment (TOML), seed, run; for a session its address and token: all that a call says."""
 
 
-def order_of(experiment: ex.Experiment, seed: int) -> Order:
-    """What every site must know of a run."""
+def order_of(experiment: ex.Experiment, seed: int, folder: Path | None = None) -> Order:
+    """
+    What every site must know of a run.
+
+    folder: of the run at the server. The sites' states of one run are no other's, however the
+    experiment is called: a word of chance, kept in that folder, tells them apart.
+    """
     run = federation.run_id(experiment, seed)
-    return {"experiment": ex.dump(experiment), "seed": seed, "run": run}
+    order: Order = {"experiment": ex.dump(experiment), "seed": seed, "run": run, "word": ""}
+    if folder is not None:
+        kept = folder / "word.txt"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(4))
+        order["word"] = kept.read_text()
+    return order
 
 
 class Called:
@@ -52,35 +64,51 @@ class Called:
         asked before.
         """
         self.sessions, self._names, self._call = sessions, list(names), call
-        self._seconds, self._lost = seconds, lost
+        self._wait = seconds
+        self._seconds, self._lost = max(seconds, TOKEN_SECONDS), lost
+        self._owed = 0  # calls that ended and were not made again yet
 
     def begin(self, greet: Callable[[str], Facts], refuse: Callable[[str, Facts], str]) -> None:
         """Call everybody and wait. Raises FedllmError naming who did not come."""
         self.sessions.greet, self.sessions.check = greet, refuse
         for name in self._names:
-            self._call(name, self.sessions.admit("" if self._lost else name))
-        until = time.monotonic() + self._seconds
+            self._call(name, self.sessions.admit("" if self._lost else name, self._seconds))
+        until = time.monotonic() + self._wait
         while missing := self.sessions.wait(self._names, 1.0):
             if self._lost and (reasons := self._lost()):
                 raise FedllmError(f"{', '.join(missing)} did not come: {'; '.join(reasons)}")
             if time.monotonic() > until:
                 raise FedllmError(
-                    f"{', '.join(missing)} did not come within {self._seconds:g} s; "
+                    f"{', '.join(missing)} did not come within {self._wait:g} s; "
                     "the site's log says why"
                 )
 
     def clients(self) -> Sequence[str]:
         """All sites of the federation."""
-        for reason in self._lost() if self._lost else ():
-            LOG.warning("a site is called again: %s", reason)
-            self._call("", self.sessions.admit())
+        if self._lost is not None:
+            for reason in self._lost():
+                LOG.warning("a site has to be called again: %s", reason)
+                self._owed += 1
+        while self._owed:
+            try:
+                self._call("", self.sessions.admit(seconds=self._seconds))
+            except (
+                FedllmError
+            ) as error:  # its machine is away; perhaps it is back by the next round
+                LOG.warning("nobody can be called: %s", error)
+                break
+            self._owed -= 1
         return self.sessions.clients()
 
     def post(self, client: str, frame: bytes) -> str:
         """Send a frame."""
         return self.sessions.post(client, frame)
 
-    def collect(self, timeout: float | None = None) -> Iterator[tuple[str, bytes | Failure]]:
+    def expire(self, id: str) -> None:
+        """An answer that nobody waits for."""
+        self.sessions.expire(id)
+
+    def collect(self, timeout: float | None = None) -> Iterator[tuple[str, Frame | Failure]]:
         """Answers as they come."""
         return self.sessions.collect(timeout)
 
@@ -96,9 +124,9 @@ def lead(
     call: brings an order to a site.  seconds: to wait until all have come.  lost: as for
     ``Called``.
     """
-    order = order_of(experiment, seed)
 
     def bring(name: str, token: str) -> None:
+        order = order_of(experiment, seed, folder)
         call(name, {**order, "address": sessions.address, "token": token})
 
     remote = Called(sessions, names, bring, seconds, lost)
@@ -131,11 +159,14 @@ def hosted(order: Mapping[str, Any], site: ex.SiteFile, folder: Path) -> Hosted:
     Raises FedllmError for an order that the site does not allow or cannot follow.
     """
     path = folder / "site.toml"
-    experiment = ex.parse_text(str(order["experiment"]), "the server's experiment", path.parent)
+    experiment = ex.parse_text(
+        str(order["experiment"]), "the server's experiment", path.parent, foreign=True
+    )
     run = str(order["run"])
-    if Path(run).name != run or run in ("", ".", ".."):
-        raise FedllmError(f"the server's run {run!r}: not the name of a folder")
-    return Hosted(experiment, int(order["seed"]), site, run, folder / "runs" / run)
+    own = "-".join(part for part in (run, str(order.get("word", ""))) if part)
+    if Path(own).name != own or own in ("", ".", ".."):
+        raise FedllmError(f"the server's run {own!r}: not the name of a folder")
+    return Hosted(experiment, int(order["seed"]), site, run, folder / "runs" / own)
 
 
 def take_part(
@@ -150,5 +181,5 @@ def take_part(
     half = hosted(order, site, folder)
     attend(
         str(order["address"]), site.name, str(order["token"]), keys, half.answer, half.facts,
-        half.welcomed, patience,
+        half.welcomed, patience, sent=half.sent,
     )  # fmt: skip

@@ -277,11 +277,15 @@ def server_check(folder: Folder, file: File, set_: Set = None) -> None:
 def server_sign(
     folder: Folder,
     request: Annotated[Path, typer.Argument(metavar="REQUEST", help="A site's request.pem.")],
+    again: Annotated[bool, typer.Option("--again", help="A site's new key for its old.")] = False,
 ) -> None:
     """Sign a site's request: certificate.pem and ca.pem beside it, to send back."""
     with _extra():
         from fedllm.operate import sign
-    typer.echo(f"wrote {sign(folder, request)}\nsend it and ca.pem back to the site")
+        from fedllm.transport.keys import fingerprint
+    name, path = sign(folder, request, again)
+    typer.echo(f"wrote {path}\nsite {name!r}, SHA-256 {fingerprint(path.read_bytes())}")
+    typer.echo("send it and ca.pem back to the site")
 
 
 @site.command("init")

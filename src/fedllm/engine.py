@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import shlex
 import shutil
 import socket
@@ -20,6 +22,7 @@ from fedllm.errors import FedllmError
 
 Say = Callable[[str], None]
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+STARTED = re.compile(r"started run (\d+)")
 PATIENCE = 60.0  # seconds for a SuperLink to listen
 
 
@@ -74,7 +77,8 @@ def start_server(folder: Path, say: Say) -> int:
     process = subprocess.Popen(command, env=_environment(folder))
     try:
         _listening(host, int(port), process)
-        for public in sorted((folder / "nodes").glob("*.pub")) if not spec.insecure else ():
+        known = [folder / "nodes" / f"{name}.pub" for name in spec.sites]
+        for public in (path for path in known if path.exists() and not spec.insecure):
             register(folder, public, say)
         say("ready")
         return process.wait()
@@ -145,11 +149,6 @@ def run_on(folder: Path, experiment: ex.Experiment, out: Path, resume: bool, say
     if not resume and (out / "summary.json").exists():
         raise FedllmError(f"{out}: holds a finished run; --out takes another folder")
     _submit(folder, experiment, say, out=str(out.resolve()), resume=resume)
-    if not (out / "summary.json").exists():
-        raise FedllmError(
-            f"{out}: the run did not end well; Flower's log above says why, and the same command "
-            "with --resume goes on from the last committed round"
-        )
 
 
 def check_on(folder: Path, experiment: ex.Experiment, say: Say) -> dict[str, Any]:
@@ -159,30 +158,61 @@ def check_on(folder: Path, experiment: ex.Experiment, say: Say) -> dict[str, Any
     Returns what the server says (``server``), what each site says (``sites``), and why somebody is
     unfit (``refused``). Raises FedllmError where Flower could not ask.
     """
-    from fedllm.flower import CHECKED
-
-    found = folder / CHECKED
-    found.unlink(missing_ok=True)
-    _submit(folder, experiment, say, check=True)
-    if not found.exists():
-        raise FedllmError(f"{folder}: the sites could not be asked; Flower's log above says why")
-    return dict(json.loads(found.read_text()))
+    return dict(_submit(folder, experiment, say, check=True)["check"])
 
 
-def _submit(folder: Path, experiment: ex.Experiment, say: Say, **settings: str | bool) -> None:
-    """Have Flower run an experiment, and wait for its end."""
-    from fedllm.flower import write_app
+def _submit(
+    folder: Path, experiment: ex.Experiment, say: Say, **settings: str | bool
+) -> dict[str, Any]:
+    """
+    Have Flower run an experiment, and wait for its end; returns what the server's end left.
+
+    Raises FedllmError where it did not end well.
+    """
+    from fedllm.flower import ENDED, write_app
 
     spec = ex.load_federation(folder / "federation.toml")
     if not spec.sites:
         raise FedllmError(f"{folder / 'federation.toml'}: sites: no site was signed yet")
     app = folder / "flower" / "app"
     write_app(experiment, app)
-    settings["server"] = str(folder.resolve())
+    settings |= {"server": str(folder.resolve()), "word": secrets.token_hex(8)}
     text = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-    command = [_tool("flwr"), "run", str(app), "fedllm", "--stream", "-c", text]
+    _watch(folder, [_tool("flwr"), "run", str(app), "fedllm", "--stream", "-c", text], say)
+    try:
+        ended = dict(json.loads((folder / ENDED).read_text()))
+    except (OSError, ValueError):
+        ended = {}
+    error = "Flower's log above says why"
+    if ended.get("word") == settings["word"]:
+        if not ended["error"]:
+            return ended
+        error = ended["error"]
+    raise FedllmError(f"the run did not end well: {error}; --resume goes on from the last round")
+
+
+def _watch(folder: Path, command: list[str], say: Say) -> None:
+    """Let Flower say how a run goes on until its end; Ctrl-C stops the run, too."""
     _say(command, say)
-    subprocess.run(command, env=_environment(folder), check=False)
+    run = ""
+    process = subprocess.Popen(
+        command, env=_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    try:
+        for line in process.stdout or ():
+            if found := STARTED.search(line):
+                run = found[1]
+            say(line.rstrip())
+        process.wait()
+    except KeyboardInterrupt:
+        if run:
+            stop = [_tool("flwr"), "stop", run, "fedllm"]
+            _say(stop, say)
+            subprocess.run(stop, env=_environment(folder), check=False)
+        raise
+    finally:
+        _end(process)
 
 
 def _listening(host: str, port: int, process: subprocess.Popen[bytes]) -> None:
@@ -194,7 +224,7 @@ def _listening(host: str, port: int, process: subprocess.Popen[bytes]) -> None:
     raise FedllmError(f"the SuperLink does not listen on {host}:{port} (exit {process.poll()})")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[Any]) -> None:
     if process.poll() is None:
         process.terminate()
         try:

@@ -17,3 +17,7 @@ def nearest(value: object, choices: Iterable[str]) -> str:
     hint = f"did you mean {close[0]!r}? " if close else ""
     listed = ", ".join(known[:40]) + (", ..." if len(known) > 40 else "")
     return f"{hint}valid: {listed}" if known else hint
+
+
+class Refusal(FedllmError):
+    """What a site does not allow; unlike other errors it may be told to the server."""

@@ -8,17 +8,19 @@ clients' end of the same wire.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedllm.codecs import CODECS
 from fedllm.errors import FedllmError
 from fedllm.ledger import Ledger, Row
-from fedllm.message import Failure, Message, pack, payload_bytes, unpack
+from fedllm.message import Failure, Frame, Message, pack, payload_bytes, unpack
 from fedllm.training.meter import Listen, Measured, Meter, costs_of
 from fedllm.transport import Transport
 
@@ -48,7 +50,7 @@ def encode(message: Message, codecs: Mapping[str, str]) -> tuple[bytes, Message,
     return pack(wire, used), wire, used
 
 
-def decode(frame: bytes) -> tuple[Message, Message, dict[str, str]]:
+def decode(frame: Frame) -> tuple[Message, Message, dict[str, str]]:
     """Frame -> (message, the message as it travelled, codecs by tensor)."""
     wire, used = unpack(frame)
     tensors = {n: t for n, t in wire.tensors.items() if "//" not in n}
@@ -65,6 +67,56 @@ def decode(frame: bytes) -> tuple[Message, Message, dict[str, str]]:
             raise FedllmError(f"frame: codec {codec!r} of {name!r} lacks part {error}") from None
         roles[name] = next(r for n, r in wire.roles.items() if n.startswith(f"{name}//"))
     return replace(wire, tensors=tensors, roles=roles), wire, used
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Shape = tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Want:
+    """
+    What a reply must hold; a reply that does not is the failure of its client, not of the run.
+
+    facts: finite numbers.  positive: numbers above 0.  shapes: of floating-point tensors by name,
+    None for a size that may be any.  look: what else is wrong, or nothing.
+    """
+
+    facts: tuple[str, ...] = ()
+    positive: tuple[str, ...] = ()
+    shapes: Mapping[str, Shape] | None = None
+    look: Callable[[Message], str] = lambda _: ""
+
+    def misfit(self, reply: Message) -> str:
+        """What is wrong with a reply; empty where it fits."""
+        for name in (*self.facts, *self.positive):
+            value = reply.facts.get(name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                return f"said {value!r} for {name!r}, a number is needed"
+            if name in self.positive and not value > 0:
+                return f"said {value!r} for {name!r}, more than 0 is needed"
+        if self.shapes is not None:
+            if reply.tensors.keys() != self.shapes.keys():
+                odd = sorted(set(reply.tensors) ^ set(self.shapes))
+                return f"sent other names than it was asked for ({', '.join(odd[:3])})"
+            for name, shape in self.shapes.items():
+                sent = tuple(reply.tensors[name].shape)
+                if len(sent) != len(shape) or any(
+                    size not in (None, found) for size, found in zip(shape, sent, strict=True)
+                ):
+                    wanted = tuple("any" if size is None else size for size in shape)
+                    return f"sent {name!r} with shape {sent}, not {wanted}"
+                if reply.tensors[name].dtype not in FLOATS:
+                    return f"sent {name!r} as {reply.tensors[name].dtype}"
+        return self.look(reply)
+
+
+def like(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """The shapes of these."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+ANYTHING = Want()
 
 
 class Exchange:
@@ -103,20 +155,23 @@ class Exchange:
         """Write down what the server computed in this round."""
         self._costs("server", self.meter.take(), 1)
 
-    def ask(self, requests: Mapping[str, Message]) -> Iterator[tuple[str, Message | Failure]]:
+    def ask(
+        self, requests: Mapping[str, Message], want: Want = ANYTHING
+    ) -> Iterator[tuple[str, Message | Failure]]:
         """
         Send one request to each client; yield (client, reply or failure) as they come.
 
-        A reply with NaN or infinity, of another run, round or client is a Failure.
+        A reply with NaN or infinity, of another run, round or client, or without what is wanted is
+        a Failure.
         """
         clients = list(requests)
         size = self.transport.window or max(len(clients), 1)
         for first in range(0, len(clients), size):
             part = {client: requests[client] for client in clients[first : first + size]}
-            yield from self._ask(part, len(requests))
+            yield from self._ask(part, len(requests), want)
 
     def _ask(
-        self, requests: Mapping[str, Message], cohort: int
+        self, requests: Mapping[str, Message], cohort: int, want: Want
     ) -> Iterator[tuple[str, Message | Failure]]:
         waiting: dict[str, tuple[str, Message]] = {}
         for client, request in requests.items():
@@ -139,13 +194,17 @@ class Exchange:
                     self._too_late(id, answer)
                     continue
                 client, message = waiting.pop(id)
-                yield client, self._counted(self._receive(answer, message, cohort), client)
+                reply = self._receive(answer, message, cohort)
+                if isinstance(reply, Message) and (wrong := want.misfit(reply)):
+                    reply = Failure(client, message.step, wrong)
+                yield client, self._counted(reply, client)
                 if not waiting:
                     return
             if until is None or time.monotonic() >= until:
                 break
         for id, (client, message) in waiting.items():
             self._late[id] = (client, message.step)
+            self.transport.expire(id)
             reason = f"no answer within {self.deadline or 0:g} s (exchange.deadline)"
             yield client, self._counted(Failure(client, message.step, reason), client)
 
@@ -159,7 +218,7 @@ class Exchange:
             self.tell(f"round {self.round}, step {reply.step}: {client}: {reason}")
         return reply
 
-    def _too_late(self, id: str, answer: bytes | Failure) -> None:
+    def _too_late(self, id: str, answer: Frame | Failure) -> None:
         """An answer that nobody waits for any more is counted and dropped."""
         client, step = self._late.pop(id, ("", ""))
         if client and not isinstance(answer, Failure):
@@ -168,7 +227,7 @@ class Exchange:
                     frames=1, reason="came after the deadline")
             )  # fmt: skip
 
-    def gather(self, requests: Mapping[str, Message]) -> dict[str, Message]:
+    def gather(self, requests: Mapping[str, Message], want: Want = ANYTHING) -> dict[str, Message]:
         """
         ``ask``, and wait for all: the good replies in the order of the clients' names.
 
@@ -176,7 +235,7 @@ class Exchange:
         """
         replies: dict[str, Message] = {}
         failures = []
-        for client, reply in self.ask(requests):
+        for client, reply in self.ask(requests, want):
             if isinstance(reply, Failure):
                 failures.append(f"{client}: {reply.reason}")
             else:
@@ -193,7 +252,7 @@ class Exchange:
                 f"(exchange.minimum_replies); {why}"
             )
 
-    def _receive(self, answer: bytes | Failure, request: Message, cohort: int) -> Message | Failure:
+    def _receive(self, answer: Frame | Failure, request: Message, cohort: int) -> Message | Failure:
         client = request.client
         if isinstance(answer, Failure):
             return replace(answer, step=answer.step or request.step)
@@ -206,15 +265,22 @@ class Exchange:
             )  # fmt: skip
             return Failure(client, request.step, str(error))
         self._frame(len(answer), wire, used, client, "up", cohort)
-        self._costs(client, dict(reply.facts), cohort)
+        try:
+            self._costs(client, dict(reply.facts), cohort)
+        except FedllmError as error:
+            return Failure(client, request.step, str(error))
         expected = (self.run, self.round, client, request.id)
         if (reply.run, reply.round, reply.client, reply.id) != expected:
             return Failure(client, request.step, "the reply belongs to another request")
         if reply.task == FAILED:
             return Failure(client, request.step, str(reply.facts.get("reason", "unknown")))
         for name, tensor in reply.tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                return Failure(client, reply.step, f"sent NaN or infinity in {name!r}")
+            if not tensor.is_floating_point():
+                continue
+            if tensor.dtype not in FLOATS:
+                return Failure(client, request.step, f"sent {name!r} as {tensor.dtype}")
+            if not bool(torch.isfinite(tensor).all()):
+                return Failure(client, request.step, f"sent NaN or infinity in {name!r}")
         return reply
 
     def _frame(
@@ -264,7 +330,7 @@ class Endpoint:
         self.handle = handle
         self.codecs = dict(codecs or {})
 
-    def __call__(self, frames: dict[str, bytes]) -> dict[str, bytes]:
+    def __call__(self, frames: Mapping[str, Frame]) -> dict[str, bytes]:
         """Answer every client's frame; a failure travels as a frame, too."""
         requests = {client: decode(frame)[0] for client, frame in frames.items()}
         answers = {}

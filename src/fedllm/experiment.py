@@ -436,6 +436,9 @@ class Allow(Section):
         return ""
 
 
+SITE_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}"
+
+
 class SiteFile(Section):
     """
     ``site.toml``: what one site has, and what it allows.
@@ -443,7 +446,7 @@ class SiteFile(Section):
     insecure: no TLS and no keys, for trials on one machine.
     """
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    name: Annotated[str, Field(pattern=f"^{SITE_NAME}$")]
     data: SiteData
     allow: Allow = Allow()
     insecure: bool = False
@@ -484,15 +487,20 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def parse_text(
-    text: str, origin: str, folder: Path, overrides: Sequence[str] = (), name: str = "experiment"
-) -> Experiment:
-    """Check the text of a file as ``load`` does."""
+    text: str, origin: str, folder: Path, overrides: Sequence[str] = (), name: str = "experiment",
+    foreign: bool = False,
+) -> Experiment:  # fmt: skip
+    """
+    Check the text of a file as ``load`` does.
+
+    foreign: somebody else wrote it; nothing of this machine's environment gets into it.
+    """
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FedllmError(f"{origin}: not valid TOML: {error}") from None
     values.setdefault("name", name)
-    return parse(values, origin, folder, overrides)
+    return parse(values, origin, folder, overrides, foreign)
 
 
 def load_site(path: Path) -> SiteFile:
@@ -502,9 +510,13 @@ def load_site(path: Path) -> SiteFile:
     Raises FedllmError as ``load`` does.
     """
     values = _expand(_table(path), str(path))
+    found = _checked(SiteFile, values, path)
+    paths = {}
     for key in ("train", "test", "public"):
-        _resolve(values.get("data"), key, path.resolve().parent)
-    return _checked(SiteFile, values, path)
+        name = getattr(found.data, key)
+        if name is not None:
+            paths[key] = str(path.resolve().parent / name)
+    return found.model_copy(update={"data": found.data.model_copy(update=paths)})
 
 
 def load_federation(path: Path) -> FederationFile:
@@ -532,12 +544,13 @@ def _checked(kind: type[T], values: dict[str, Any], path: Path) -> T:
 
 
 def parse(
-    values: dict[str, Any], origin: str, folder: Path, overrides: Sequence[str] = ()
-) -> Experiment:
+    values: dict[str, Any], origin: str, folder: Path, overrides: Sequence[str] = (),
+    foreign: bool = False,
+) -> Experiment:  # fmt: skip
     """Check a dictionary as ``load`` does; ``origin`` is what errors name."""
     for override in overrides:
         _override(values, override)
-    values = _expand(values, origin)
+    values = values if foreign else _expand(values, origin)
     for section, key in PATHS:
         _resolve(values.get(section), key, folder)
     for strategy in (values.get("strategy"), (values.get("compare") or {}).get("logits")):

@@ -8,8 +8,9 @@ to stay for a whole run, through Flower's own messages.
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedllm import experiment as ex
 from fedllm.across import Order, hosted, lead, lead_over, order_of, server_says, take_part
-from fedllm.errors import FedllmError
-from fedllm.federation import Silent
+from fedllm.errors import FedllmError, Refusal
+from fedllm.federation import Silent, write_json
 from fedllm.operate import keys_of
 from fedllm.remote import Distant
 from fedllm.transport.flower import RECORD, Carried, connected, content, send
@@ -30,7 +31,7 @@ from fedllm.transport.session import Keys, Sessions
 
 LOG = logging.getLogger(__name__)
 SESSION = "train.session"
-CHECKED = "flower/check.json"
+ENDED = "flower/ended.json"  # in the server's folder: how the last run ended
 
 PROJECT = """\
 [build-system]
@@ -59,6 +60,7 @@ server = ""
 out = ""
 resume = false
 check = false
+word = ""
 """
 APP = """\
 from pathlib import Path
@@ -81,20 +83,21 @@ def write_app(experiment: ex.Experiment, folder: Path) -> None:
 class Caller:
     """Brings orders to sites as Flower messages, one to each node."""
 
-    def __init__(self, grid: Grid, names: list[str], seconds: float = 120.0) -> None:
-        """
-        names: of the sites; who is behind which node, their certificates say.  seconds: to wait
-        for their nodes.
-        """
-        self._grid, self._names, self._seconds = grid, names, seconds
+    def __init__(self, grid: Grid) -> None:
+        """Nobody was called yet."""
+        self._grid = grid
         self._called: dict[str, int] = {}  # message -> node
 
     def __call__(self, name: str, order: Order) -> None:
-        """Call one node more; which site it is, it says itself."""
-        nodes = connected(self._grid, len(self._names), self._seconds)
+        """
+        Call one node more; which site it is, it says itself, and its certificate.
+
+        Raises FedllmError where there is none.
+        """
+        nodes = sorted(self._grid.get_node_ids())
         free = [node for node in nodes if node not in self._called.values()]
         if not free:
-            raise FedllmError(f"{len(nodes)} sites are connected, and all were called already")
+            raise FedllmError(f"{len(nodes)} nodes are connected, and all were called already")
         self._called[send(self._grid, SESSION, free[0], order)] = free[0]
 
     def lost(self) -> list[str]:
@@ -126,17 +129,24 @@ def server_app(file: Path) -> ServerApp:
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
-        experiment = ex.load(file)
+        experiment = ex.parse_text(file.read_text(), "the run", file.parent, foreign=True)
         folder = Path(str(config["server"]))
         federation = ex.load_federation(folder / "federation.toml")
         keys = None if federation.insecure else keys_of(folder)
         run = Run(experiment, Path(str(config["out"])), bool(config["resume"]))
-        if config["check"]:
-            _check(grid, federation, keys, experiment, folder)
-        elif experiment.exchange.resident:
-            _over_sessions(grid, federation, keys, run)
-        else:
-            _over_messages(grid, federation, keys, run)
+        ended = {"word": config["word"], "error": ""}
+        try:
+            if config["check"]:
+                ended["check"] = _check(grid, federation, keys, experiment)
+            elif experiment.exchange.resident:
+                _over_sessions(grid, federation, keys, run)
+            else:
+                _over_messages(grid, federation, keys, run)
+        except FedllmError as error:
+            ended["error"] = str(error)
+            raise
+        finally:
+            write_json(folder / ENDED, ended)
 
     return app
 
@@ -157,7 +167,8 @@ class Run:
 def _over_sessions(grid: Grid, federation: ex.FederationFile, keys: Keys | None, run: Run) -> None:
     names = list(federation.sites)
     with Sessions(federation.sessions, keys, names) as sessions:
-        caller = Caller(grid, names, federation.wait)
+        connected(grid, len(names), federation.wait)
+        caller = Caller(grid)
         lead(
             run.experiment, run.seed, run.folder, sessions, names, caller, resume=run.resume,
             listener=Logged(), seconds=federation.wait, lost=caller.lost,
@@ -165,28 +176,45 @@ def _over_sessions(grid: Grid, federation: ex.FederationFile, keys: Keys | None,
 
 
 def _over_messages(grid: Grid, federation: ex.FederationFile, keys: Keys | None, run: Run) -> None:
-    remote = _carried(grid, federation, keys, run.experiment)
+    remote = _carried(grid, federation, keys, run.experiment, run.folder)
     lead_over(remote, run.experiment, run.seed, run.folder, resume=run.resume, listener=Logged())
 
 
 def _carried(
-    grid: Grid, federation: ex.FederationFile, keys: Keys | None, experiment: ex.Experiment
-) -> Carried:
-    order = order_of(experiment, experiment.seeds[0])
+    grid: Grid, federation: ex.FederationFile, keys: Keys | None, experiment: ex.Experiment,
+    folder: Path | None = None,
+) -> Carried:  # fmt: skip
+    def order() -> Order:
+        return order_of(experiment, experiment.seeds[0], folder)
+
     authority = keys.authority if keys else None
     return Carried(grid, federation.sites, order, authority, federation.wait)
 
 
 def _check(
-    grid: Grid, federation: ex.FederationFile, keys: Keys | None, experiment: ex.Experiment,
-    folder: Path,
-) -> None:  # fmt: skip
-    """Ask all sites what they would say, and write it down; nothing is trained."""
+    grid: Grid, federation: ex.FederationFile, keys: Keys | None, experiment: ex.Experiment
+) -> dict[str, Any]:
+    """Ask all sites what they would say; nothing is trained."""
     ours = server_says(experiment)
     found, reasons = _carried(grid, federation, keys, experiment).hello(Distant(ours).refuse)
     missing = [f"{name} did not answer" for name in federation.sites if name not in found]
-    text = json.dumps({"server": ours, "sites": found, "refused": [*reasons, *missing]})
-    (folder / CHECKED).write_text(text)
+    return {"server": ours, "sites": found, "refused": [*reasons, *missing]}
+
+
+@contextmanager
+def discreet(site: str) -> Iterator[None]:
+    """
+    What went wrong at a site stays in its log; Flower would tell the server.
+
+    An error may hold a row of the site's data. That its policy forbids something it says openly.
+    """
+    try:
+        yield
+    except Refusal:
+        raise
+    except Exception:
+        LOG.exception("this site cannot take part")
+        raise FedllmError(f"site {site!r} cannot take part; its own log says why") from None
 
 
 def client_app() -> ClientApp:
@@ -204,14 +232,17 @@ def client_app() -> ClientApp:
     @app.train("session")  # type: ignore[untyped-decorator]
     def session(message: Message, context: Context) -> Message:
         folder, site, keys = who(context)
-        take_part(content(message), site, folder, keys)
+        with discreet(site.name):
+            take_part(content(message), site, folder, keys)
         return reply(message, {"done": site.name})
 
     @app.query("hello")  # type: ignore[untyped-decorator]
     def hello(message: Message, context: Context) -> Message:
         folder, site, keys = who(context)
         order = content(message)
-        facts: dict[str, Any] = {**hosted(order, site, folder).facts, "name": site.name}
+        with discreet(site.name):
+            half = hosted(order, site, folder)
+        facts: dict[str, Any] = {**half.facts, "name": site.name}
         if keys is not None:
             said = f"{order['nonce']} {context.node_id}".encode()
             facts |= {"certificate": keys.certificate, "proof": prove(keys.key, said)}
@@ -221,13 +252,15 @@ def client_app() -> ClientApp:
     def frame(message: Message, context: Context) -> Message:
         folder, site, _ = who(context)
         order = content(message)
-        half = hosted(order, site, folder)
-        if "state" in order:
-            half.welcomed(order)
-        else:
-            half.go_on()
-        answer = half.answer(order["frame"])
-        half.pause()
+        with discreet(site.name):
+            half = hosted(order, site, folder)
+            if "state" in order:
+                half.welcomed(order)
+            else:
+                half.go_on()
+            answer = half.answer(order["frame"])
+            half.pause()
+            half.sent(answer)
         return reply(message, {"frame": answer})
 
     return app

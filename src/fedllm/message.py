@@ -13,9 +13,11 @@ import struct
 import zlib
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from fedllm.errors import FedllmError
@@ -25,6 +27,13 @@ VERSION = 2
 MAX_HEADER = 16 * 2**20
 START = 12  # bytes before the header
 Fact = int | float | str
+Frame = bytes | memoryview
+KINDS = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+ORDER = list(KINDS)  # the larger first, as safetensors has them
 
 
 class Role(StrEnum):
@@ -77,11 +86,37 @@ def of_role(role: Role, tensors: dict[str, Tensor]) -> dict[str, Role]:
     return dict.fromkeys(tensors, role)
 
 
+def _body(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
+    """
+    What ``safetensors.torch.save`` gives, byte for byte, in parts.
+
+    The library copies everything twice more, which for a batch of activations is a fifth of the
+    time that it takes to send it.
+    """
+    if any(tensor.dtype not in KINDS for tensor in tensors.values()):
+        return [safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()})]
+    header: dict[str, Any] = {}
+    parts: list[Any] = []
+    end = 0
+    for name, tensor in sorted(
+        tensors.items(), key=lambda one: (ORDER.index(one[1].dtype), one[0])
+    ):
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        begin, end = end, end + len(data)
+        header[name] = {
+            "dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+        parts.append(data.data)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [struct.pack("<Q", len(text)) + text, *parts]
+
+
 def pack(message: Message, codecs: dict[str, str] | None = None) -> bytes:
     """Message -> frame. ``codecs`` names what each tensor was encoded with, for the reader."""
     if set(message.tensors) != set(message.roles):
         raise ValueError(f"{message.step}: every tensor needs exactly one role")
-    body = safetensors.torch.save({n: t.contiguous() for n, t in message.tensors.items()})
+    body = _body(message.tensors)
     header = json.dumps(
         {
             "version": VERSION,
@@ -96,30 +131,52 @@ def pack(message: Message, codecs: dict[str, str] | None = None) -> bytes:
             "roles": {name: role.value for name, role in message.roles.items()},
             "codecs": codecs or {},
             "facts": message.facts,
-            "body": len(body),
+            "body": sum(len(part) for part in body),
         },
         separators=(",", ":"),
     ).encode()
     rest = struct.pack("<I", len(header)) + header
-    return MAGIC + struct.pack("<I", zlib.crc32(body, zlib.crc32(rest))) + rest + body
+    checksum = zlib.crc32(rest)
+    for part in body:
+        checksum = zlib.crc32(part, checksum)
+    return b"".join([MAGIC, struct.pack("<I", checksum), rest, *body])
 
 
-def unpack(frame: bytes) -> tuple[Message, dict[str, str]]:
+def outline(frame: Frame) -> tuple[dict[str, Any], dict[str, int]]:
+    """
+    Of a frame that was made here or unpacked before: its header, and bytes per role.
+
+    Neither checksum nor tensors are looked at.
+    """
+    (size,) = struct.unpack_from("<I", frame, START - 4)
+    found = json.loads(bytes(frame[START : START + size]))
+    (length,) = struct.unpack_from("<Q", frame, START + size)
+    body = START + size + 8
+    sums: dict[str, int] = {}
+    for name, about in json.loads(bytes(frame[body : body + length])).items():
+        begin, end = about["data_offsets"]
+        role = found["roles"][name]
+        sums[role] = sums.get(role, 0) + end - begin
+    return found, sums
+
+
+def unpack(frame: Frame) -> tuple[Message, dict[str, str]]:
     """
     Frame -> (message, codec of each tensor).
 
     Sizes and checksum are looked at before anything is read. Raises FedllmError for anything that
     is not a whole, intact frame of this version.
     """
+    frame = memoryview(frame)
     if len(frame) < START or frame[:4] != MAGIC:
         raise FedllmError("frame: not a fedllm frame of this version, or truncated")
-    checksum, size = struct.unpack("<II", frame[4:START])
+    checksum, size = struct.unpack_from("<II", frame, 4)
     if size > MAX_HEADER or START + size > len(frame):
         raise FedllmError(f"frame: header of {size} bytes does not fit a frame of {len(frame)}")
-    if zlib.crc32(memoryview(frame)[8:]) != checksum:
+    if zlib.crc32(frame[8:]) != checksum:
         raise FedllmError("frame: truncated or damaged (checksum differs)")
     try:
-        header = json.loads(frame[START : START + size])
+        header = json.loads(bytes(frame[START : START + size]))
         if not isinstance(header, dict) or header.get("version") != VERSION:
             raise FedllmError(f"frame: version {VERSION} expected")
         body = frame[START + size :]
@@ -128,7 +185,7 @@ def unpack(frame: bytes) -> tuple[Message, dict[str, str]]:
         facts = header["facts"]
         if not all(isinstance(value, int | float | str) for value in facts.values()):
             raise FedllmError("frame: a fact that is neither number nor text")
-        tensors = safetensors.torch.load(body)
+        tensors = safetensors.torch.load(bytes(body))
         roles = {str(name): Role(role) for name, role in header["roles"].items()}
         if set(roles) != set(tensors):
             raise FedllmError("frame: names of tensors and roles differ")

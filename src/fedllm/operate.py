@@ -8,7 +8,16 @@ from pathlib import Path
 
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError
-from fedllm.transport.keys import Authority, authority, issue, name_of, node_keys, request, write
+from fedllm.transport.keys import (
+    Authority,
+    authority,
+    issue,
+    name_of,
+    node_keys,
+    request,
+    same_key,
+    write,
+)
 from fedllm.transport.session import Keys
 
 SITE = """\
@@ -54,23 +63,30 @@ def init_server(folder: Path, hosts: Sequence[str], port: int = 8000) -> list[Pa
     """
     names = ["authority.key", "ca.pem", "certificate.pem", "key.pem", "federation.toml"]
     _fresh(folder, names)
-    own = authority(f"authority of {hosts[0]}")
-    key, asked = request("server", hosts)
+    for host in hosts:
+        if ":" in host or not host:
+            raise FedllmError(
+                f"--host {host!r}: expected a name or an IPv4 address, without a port"
+            )
+    own = authority(f"authority of {hosts[0]}"[:64])
+    key, asked = request("server")
+    certificate = issue(own, asked, hosts)
     write(folder / "authority.key", own.key, private=True)
     write(folder / "ca.pem", own.certificate)
-    write(folder / "certificate.pem", issue(own, asked))
+    write(folder / "certificate.pem", certificate)
     write(folder / "key.pem", key, private=True)
     text = FEDERATION.format(host=hosts[0], port=port, sessions=port + 1)
     write(folder / "federation.toml", text.encode())
     return [folder / name for name in names]
 
 
-def sign(folder: Path, asked: Path) -> Path:
+def sign(folder: Path, asked: Path, again: bool = False) -> tuple[str, Path]:
     """
-    A certificate for a site's request, beside the request; returns its path.
+    A certificate for a site's request, beside the request; returns the site's name and its path.
 
     The site is one of the federation from then on; with its node.pub beside the request Flower will
-    know it, too. Raises FedllmError for a folder without an authority, or a request that is none.
+    know it, too.  again: a site of this name has another key from now on.  Raises FedllmError for a
+    folder without an authority, a request that is none, and a name that another key has.
     """
     try:
         own = Authority((folder / "ca.pem").read_bytes(), (folder / "authority.key").read_bytes())
@@ -80,13 +96,23 @@ def sign(folder: Path, asked: Path) -> Path:
     path = asked.with_name("certificate.pem")
     certificate = issue(own, data)
     name = name_of(certificate)
+    if not re.fullmatch(ex.SITE_NAME, name) or name == "server":
+        raise FedllmError(f"{asked}: {name!r} is no name for a site")
+    kept = folder / "nodes" / f"{name}.pem"
+    known = kept.exists() and same_key(kept.read_bytes(), data)
+    if name in ex.load_federation(folder / "federation.toml").sites and not (known or again):
+        raise FedllmError(
+            f"{asked}: a site {name!r} with another key is in this federation; if it is the same "
+            "site with a new key, --again replaces it"
+        )
     _add(folder / "federation.toml", name)
     node = asked.with_name("node.pub")
     if node.exists():
         write(folder / "nodes" / f"{name}.pub", node.read_bytes())
+    write(kept, certificate)
     write(path, certificate)
     write(asked.with_name("ca.pem"), own.certificate)
-    return path
+    return name, path
 
 
 def _add(path: Path, name: str) -> None:
@@ -95,10 +121,11 @@ def _add(path: Path, name: str) -> None:
     if name in sites:
         return
     listed = ", ".join(f'"{one}"' for one in (*sites, name))
-    text = re.sub(r"^sites = \[.*?\]", f"sites = [{listed}]", path.read_text(), flags=re.M | re.S)
-    write(path, text.encode())
-    if name not in ex.load_federation(path).sites:
+    before = path.read_text()
+    text = re.sub(r"^sites = \[.*?\]", f"sites = [{listed}]", before, flags=re.M | re.S)
+    if text == before:
         raise FedllmError(f"{path}: no line 'sites = [...]' to add {name!r} to")
+    write(path, text.encode())
 
 
 def init_site(folder: Path, name: str) -> list[Path]:
@@ -107,10 +134,10 @@ def init_site(folder: Path, name: str) -> list[Path]:
 
     Private keys never leave this folder. Raises FedllmError where something is in the way.
     """
-    if not name or not all(c.isalnum() or c in "-_." for c in name):
+    if not re.fullmatch(ex.SITE_NAME, name) or name == "server":
         raise FedllmError(f"--name {name!r}: letters, digits, '-', '_' and '.' make a site's name")
     _fresh(folder, ["key.pem", "request.pem", "site.toml", "node", "node.pub"])
-    key, asked = request(name, [])
+    key, asked = request(name)
     private, public = node_keys()
     write(folder / "key.pem", key, private=True)
     write(folder / "request.pem", asked)

@@ -51,21 +51,34 @@ class Distant:
         self.exchange: Exchange
         self._ours = ours
         self._names: dict[str, str] = {}
+        self._before: dict[str, str] | None = {}  # of the checkpoint before; None: not known
 
     def attach(self, folder: Path) -> None:
         """Nothing of the sites' states is kept here."""
 
     def snapshot(self) -> dict[str, str]:
         """Have everybody who is there save its state; who is not keeps its last one."""
-        asked = dict.fromkeys(self.exchange.transport.clients(), Message("commit", "save"))
+        asked = {
+            client: Message("commit", "save", facts=self._needed(client))
+            for client in self.exchange.transport.clients()
+        }
+        names = dict(self._names)
         for client, reply in self.exchange.ask(asked):
-            if isinstance(reply, Message) and reply.facts["state"]:
-                self._names[client] = str(reply.facts["state"])
-        return dict(sorted(self._names.items()))
+            if isinstance(reply, Message) and reply.facts.get("state"):
+                names[client] = str(reply.facts["state"])
+        self._before, self._names = self._names, names
+        return dict(sorted(names.items()))
+
+    def _needed(self, client: str) -> Facts:
+        """Which states of a client checkpoints name; it may remove all others."""
+        if self._before is None:
+            return {}
+        names = {self._names.get(client, ""), self._before.get(client, "")} - {""}
+        return {"keep": " ".join(sorted(names))}
 
     def restore(self, names: Mapping[str, str]) -> None:
         """Go on from a checkpoint: the sites will be told when they come."""
-        self._names = dict(names)
+        self._names, self._before = dict(names), None
 
     def greet(self, name: str) -> Facts:
         """What a site that comes anew has to know."""

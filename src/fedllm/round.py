@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.checkpoint import Committed
-from fedllm.exchange import Exchange
+from fedllm.exchange import Exchange, Want
 from fedllm.ledger import Ledger
 from fedllm.message import Failure, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.remote import Distant
 from fedllm.strategies.base import Group, ServerState, Strategy
 from fedllm.streams import stream
-from fedllm.training.evaluate import Metrics, add, metrics
+from fedllm.training.evaluate import Metrics, add, metrics, misfit
 from fedllm.training.known import paid, restore_paid
 from fedllm.worker import Worker
 
@@ -110,10 +110,11 @@ def _ask(federation: Federation, tunables: Group, model: str) -> tuple[Metrics, 
     )
     clients = sorted(federation.exchange.transport.clients())
     labels = federation.labels
+    want = Want(look=lambda reply: misfit(reply.tensors, len(labels)))
     sums: dict[str, Tensor] = {}
     each: dict[str, Metrics] = {}
     failures = []
-    for client, reply in federation.exchange.ask(dict.fromkeys(clients, message)):
+    for client, reply in federation.exchange.ask(dict.fromkeys(clients, message), want):
         if isinstance(reply, Failure):
             failures.append(f"{client}: {reply.reason}")
             continue

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
 from fedllm import experiment as ex
 from fedllm import federation, states
 from fedllm.data import own
-from fedllm.errors import FedllmError
+from fedllm.errors import FedllmError, Refusal
 from fedllm.exchange import Endpoint
 from fedllm.federation import Prepared, Silent
-from fedllm.message import payload_bytes, unpack
+from fedllm.message import Frame, outline
 from fedllm.remote import Facts, hello
-
-KEPT = 3  # saved states; the server may go back to one of its last two checkpoints
 
 
 def prepare_server(experiment: ex.Experiment, seed: int) -> Prepared:
@@ -37,7 +36,7 @@ class Hosted:
     ) -> None:
         """Raises FedllmError for what the site does not allow, and for rows that do not fit."""
         if reason := site.allow.refusal(experiment):
-            raise FedllmError(f"site {site.name!r} refuses this experiment: {reason}")
+            raise Refusal(f"site {site.name!r} refuses this experiment: {reason}")
         self.name = site.name
         prepared = federation.prepare(
             experiment, seed,
@@ -45,13 +44,12 @@ class Hosted:
         )  # fmt: skip
         half = federation.halve(experiment, seed, prepared, Silent())
         self._worker = federation.host(half, experiment, prepared, run, Silent())
+        self._worker.discreet = True
         mine = self._worker.sites[site.name]
         self.rows = len(mine.train), len(mine.test)
         self._endpoint = Endpoint(self._worker.handle, experiment.exchange.codecs)  # type: ignore[arg-type]
         self._states = folder / "states"
         self._worker.states.attach(self._states)
-        self._saved: list[str] = []
-        folder.mkdir(parents=True, exist_ok=True)
         self._audit, self._paused = folder / "audit.jsonl", folder / "paused.json"
         self.facts: Facts = hello(
             half.model.base_hash, prepared.labels, federation.copied(experiment, prepared)
@@ -67,42 +65,39 @@ class Hosted:
         except (OSError, ValueError, KeyError) as error:
             raise FedllmError(f"{self._paused}: cannot be read ({error})") from None
         self._worker.stand(standing)
-        self._saved = [str(name) for name in standing["saved"]]
 
     def pause(self) -> None:
         """Write down what the next process needs to go on."""
-        standing = {**self._worker.standing(), "saved": self._saved}
-        aside = self._paused.with_suffix(".part")
-        aside.write_text(json.dumps(standing))
-        aside.replace(self._paused)
-        if len(self._saved) == KEPT:
-            kept = [*self._saved, *standing["now"].values(), *standing["then"].values()]
-            states.sweep(self._states, kept)
+        self._paused.parent.mkdir(parents=True, exist_ok=True)
+        federation.write_json(self._paused, self._worker.standing())
 
     def welcomed(self, facts: Facts) -> None:
         """Go back to the state of the last committed round, as the server says."""
         name = str(facts.get("state", ""))
+        if name and not re.fullmatch(states.NAME, name):
+            raise FedllmError(f"the server's state {name[:80]!r}: not the name of one")
         names = {self.name: name} if name else {}
         states.verify(self._states, names.values())
         self._worker.restore(names)
 
-    def answer(self, frame: bytes) -> bytes:
+    def answer(self, frame: Frame) -> bytes:
         """Answer one frame."""
         reply = self._endpoint({self.name: frame})[self.name]
-        message, _ = unpack(reply)
-        if message.step == "commit":
-            self._keep(str(message.facts.get("state", "")))
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S"), "run": message.run, "round": message.round,
-            "step": message.step, "bytes": len(reply),
-            "roles": {role.value: size for role, size in payload_bytes(message).items()},
-        }  # fmt: skip
-        with self._audit.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        asked, _ = outline(frame)
+        if asked["task"] == "save" and "keep" in asked["facts"]:
+            standing = self._worker.standing()
+            kept = [*str(asked["facts"]["keep"]).split(), *standing["now"].values()]
+            states.sweep(self._states, [*kept, *standing["then"].values()])
         return reply
 
-    def _keep(self, name: str) -> None:
-        if name:
-            self._saved = [*[one for one in self._saved if one != name], name][-KEPT:]
-            if len(self._saved) == KEPT:  # a fresh process does not know what it saved before
-                states.sweep(self._states, self._saved)
+    def sent(self, frame: Frame) -> None:
+        """A line in the audit for a frame that leaves."""
+        said, roles = outline(frame)
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            **{key: said[key] for key in ("run", "round", "step", "task")},
+            "bytes": len(frame), "roles": roles,
+        }  # fmt: skip
+        self._audit.parent.mkdir(parents=True, exist_ok=True)
+        with self._audit.open("a") as file:
+            file.write(json.dumps(line) + "\n")

@@ -21,6 +21,7 @@ from torch import Tensor
 from fedllm.errors import FedllmError
 
 State = dict[str, Tensor]
+NAME = r"[0-9a-f]{40}\.safetensors"
 LIMIT = 256 * 2**20  # bytes of states in memory
 
 

@@ -44,6 +44,7 @@ class Worker:
         self.sites, self.strategy, self.run, self.base = dict(sites), strategy, run, base
         self.tokenizer = tokenizer
         self.states = states or States()
+        self.discreet = False  # whether the text of an unforeseen error stays here
         self._attempt: dict[str, tuple[int, int]] = {}
         self._last: OrderedDict[str, tuple[str, Message | Failure]] = OrderedDict()
         self._round = 0
@@ -77,6 +78,7 @@ class Worker:
         return last[1] if last is not None and last[0] == message.id else None
 
     def _answer(self, site: Site, message: Message) -> Tasked[Message]:
+        _only_tunables(site, message)
         if message.task == "evaluate":
             return (yield from self._evaluate(site, message))
         if message.task == "save":
@@ -102,8 +104,10 @@ class Worker:
         elif isinstance(result, FedllmError):
             reply = Failure(client, message.step, str(result))
         else:
-            LOG.debug("client %s, step %s", client, message.step, exc_info=result)
-            reply = Failure(client, message.step, f"{type(result).__name__}: {result}")
+            level = logging.WARNING if self.discreet else logging.DEBUG
+            LOG.log(level, "client %s, step %s", client, message.step, exc_info=result)
+            more = "the site's log says more" if self.discreet else str(result)
+            reply = Failure(client, message.step, f"{type(result).__name__}: {more}")
         if isinstance(reply, Failure):
             site.meter.paid = before  # nobody heard of these costs
         if message.task != "evaluate":  # asked again it is only computed again
@@ -201,3 +205,21 @@ class Worker:
             site.live.clear()
         self._attempt.clear()
         self._last.clear()
+
+
+def _only_tunables(site: Site, message: Message) -> None:
+    """
+    Raise FedllmError for parameters that are none of this experiment's tunables.
+
+    The base is frozen, and a site allowed these tunables and no others.
+    """
+    models = [model for model in (site.model, site.server_model) if model is not None]
+    for name, tensor in message.tensors.items():
+        if message.roles[name] is not Role.PARAMETER:
+            continue
+        fits = [model for model in models if name in model.initial
+                and model.initial[name].shape == tensor.shape]  # fmt: skip
+        if not fits or not tensor.is_floating_point():
+            raise FedllmError(
+                f"{name!r} of {tuple(tensor.shape)} is none of this experiment's tunables"
+            )

@@ -1,10 +1,6 @@
 """Law 7: over sessions, with every site a process of its own, a run is the one in process."""
 
-import csv
 import json
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,79 +11,18 @@ import torch
 
 from fedllm import experiment as ex
 from fedllm import federation, ledger
-from fedllm.across import Order, lead
+from fedllm.across import Order
 from fedllm.data.simulation import divide
 from fedllm.federation import Silent
-from fedllm.transport.keys import authority, issue, request, write
-from fedllm.transport.session import Keys, Sessions
+from sites import Sites, counted, weights
+from sites import rows as rows  # of use to others, too
 from small import experiment
 
-PROCESS = Path(__file__).parents[1] / "site_process.py"
 STRATEGIES: list[dict[str, Any]] = [
     {"kind": "parameters"},
     {"kind": "logits"},
     {"kind": "activations", "cut": 2},
 ]
-
-
-def rows(path: Path, rows: list[dict[str, str]]) -> str:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["text", "intent"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    return str(path)
-
-
-class Sites:
-    """Three sites with the rows that the simulation gives its clients."""
-
-    def __init__(self, folder: Path, spec: ex.Experiment) -> None:
-        self.folder, self.processes = folder, {}  # type: ignore[var-annotated]
-        own = authority("test")
-        division = divide(spec, ("text", "intent"), 0)
-        self.public = rows(folder / "public.csv", list(division.public))
-        self.names = list(division.clients)
-        for name in [*self.names, "server"]:
-            key, asked = request(name, ["127.0.0.1"])
-            write(folder / name / "ca.pem", own.certificate)
-            write(folder / name / "certificate.pem", issue(own, asked))
-            write(folder / name / "key.pem", key, private=True)
-            if name == "server":
-                self.keys = Keys(own.certificate, issue(own, asked), key)
-                continue
-            mine = division.clients[name]
-            rows(folder / name / "train.csv", list(mine.train))
-            rows(folder / name / "test.csv", list(mine.test))
-            (folder / name / "site.toml").write_text(
-                f'name = "{name}"\n[data]\ntrain = "train.csv"\ntest = "test.csv"\n'
-                f'public = "{self.public}"\n'
-            )
-        data = spec.data.model_copy(update={"labels": division.labels})
-        public = spec.public.model_copy(update={"source": self.public, "size": 0})
-        self.spec = spec.replace(data=data, public=public)
-
-    def call(self, name: str, order: Order) -> None:
-        (self.folder / name / "order.json").write_text(json.dumps(order))
-        log = (self.folder / name / "log.txt").open("a")
-        self.processes[name] = subprocess.Popen(
-            [sys.executable, str(PROCESS), str(self.folder / name)], stderr=log
-        )
-
-    def lead(self, run: str, **more: Any) -> dict[str, Any]:
-        with Sessions("127.0.0.1:0", self.keys, self.names, patience=10.0) as sessions:
-            self.sessions = sessions
-            return lead(
-                self.spec, 0, self.folder / run, sessions, self.names, self.call, seconds=120,
-                **more,
-            )  # fmt: skip
-
-    def log(self) -> str:
-        return "\n".join((self.folder / name / "log.txt").read_text() for name in self.names)
-
-    def stop(self) -> None:
-        for process in self.processes.values():
-            process.kill()
-            process.wait()
 
 
 @pytest.fixture
@@ -96,21 +31,6 @@ def stopping() -> Iterator[list[Sites]]:
     yield made
     for sites in made:
         sites.stop()
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(folder.glob("adapter/*.safetensors"))}  # fmt: skip
-
-
-def counted(path: Path) -> dict[tuple[Any, ...], tuple[int, ...]]:
-    """Bytes and arithmetic of every step but the sites' saving."""
-    return {
-        (r.round, r.step, r.client, r.direction, r.role):
-            (r.payload_bytes, r.wire_bytes, r.flops, r.optimizer_steps, r.frames)
-        for r in ledger.read(path / "ledger.jsonl")
-        if r.step != "commit" and r.role not in ("measurement", "header")
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s["kind"])
@@ -142,7 +62,8 @@ def test_a_run_over_processes_is_the_one_in_process(
     )
     assert one["global"] == other["global"]
     for name, process in sites.processes.items():
-        assert process.wait(timeout=30) == 0
+        process.join(30)
+        assert process.exitcode == 0
         lines = (tmp_path / name / "runs").rglob("audit.jsonl")
         steps = [json.loads(line)["step"] for path in lines for line in path.open()]
         assert steps.count("commit") == 2
@@ -169,8 +90,8 @@ class Kill(Silent):
             return
         if self.client is None:
             raise KeyboardInterrupt
-        self.sites.processes[self.client].send_signal(signal.SIGKILL)
-        self.sites.processes[self.client].wait()
+        self.sites.processes[self.client].kill()
+        self.sites.processes[self.client].join()
 
     def note(self, text: str) -> None:
         self.notes.append(text)

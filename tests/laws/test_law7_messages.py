@@ -16,7 +16,7 @@ from fedllm.data import own
 from fedllm.data.simulation import divide
 from fedllm.errors import FedllmError
 from fedllm.federation import Silent
-from fedllm.flower import CHECKED, client_app, server_app
+from fedllm.flower import ENDED, client_app, server_app
 from fedllm.transport.flower import FRAME, HELLO, Carried
 from laws.test_law7_across import Sites, counted, rows, weights
 from small import experiment
@@ -63,7 +63,9 @@ class Nodes:
 def ran(sites: Sites, folder: Path, dying: dict[int, str] | None = None, **more: Any) -> Nodes:
     nodes = Nodes([folder.parent / name for name in sites.names])
     nodes.dying = dying or {}
-    remote = Carried(nodes, sites.names, order_of(sites.spec, 0), sites.keys.authority, 5.0)  # type: ignore[arg-type]
+    remote = Carried(
+        nodes, sites.names, lambda: order_of(sites.spec, 0, folder), sites.keys.authority, 5.0
+    )  # type: ignore[arg-type]
     lead_over(remote, sites.spec, 0, folder, **more)
     return nodes
 
@@ -133,10 +135,16 @@ def test_a_handshake_says_what_everybody_has_and_trains_nothing(tmp_path: Path) 
     site = tmp_path / "client-2" / "site.toml"
     site.write_text(site.read_text().replace(sites.public, other))
     nodes = Nodes([tmp_path / name for name in sites.names])
-    config = {"server": str(tmp_path / "server"), "out": "", "resume": False, "check": True}
+    config = {
+        "server": str(tmp_path / "server"),
+        "out": "",
+        "resume": False,
+        "check": True,
+        "word": "one",
+    }
     context = Context(1, 0, {}, RecordDict(), config)
     server_app(tmp_path / "experiment.toml")(nodes, context)  # type: ignore[arg-type]
-    found = json.loads((tmp_path / "server" / CHECKED).read_text())
+    found = json.loads((tmp_path / "server" / ENDED).read_text())["check"]
     assert found["sites"]["client-1"] == found["server"]
     assert found["sites"]["client-2"]["base"] == found["server"]["base"]
     (reason,) = found["refused"]

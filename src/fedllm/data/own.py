@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedllm import experiment as ex
 from fedllm.data import sources
@@ -29,6 +30,10 @@ def division(
             f"strategy.kind = {experiment.strategy.kind!r}: a bound, which only a simulation can "
             "compute; choose 'parameters', 'logits' or 'activations'"
         )
+    if isinstance(experiment.strategy, ex.Logits) and experiment.strategy.client_models:
+        raise FedllmError(
+            "strategy.client_models: which site has which model only a simulation can say so far"
+        )
     if experiment.evaluation.on != "test":
         raise FedllmError("evaluation.on: a site has training and test rows; choose 'test'")
     clients = {}
@@ -41,8 +46,11 @@ def division(
 
 
 def _read(
-    experiment: ex.Experiment, source: str, kind: str, key: str, columns: Sequence[str]
-) -> sources.Rows:
+    experiment: ex.Experiment, source: str, kind: str, key: str, columns: Sequence[str],
+    here: bool = True,
+) -> sources.Rows:  # fmt: skip
+    if here and not Path(source).is_file():  # a site's rows come from nowhere but its own disk
+        raise FedllmError(f"{key} = {source!r}: there is no such file")
     rows = sources.read(source, kind, key=key)
     sources.need(rows, columns, source)
     label, labels = experiment.data.label, experiment.data.labels
@@ -71,4 +79,6 @@ def _public(
         raise FedllmError(f"{key}: the logits strategy needs a public set; name its file")
     hidden = experiment.task.kind == "classification" and not public.labelled
     kind = "auto" if site is None else site.format
-    return _read(experiment, source, kind, key, columns[:1] if hidden else columns)
+    return _read(
+        experiment, source, kind, key, columns[:1] if hidden else columns, site is not None
+    )

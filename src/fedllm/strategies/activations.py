@@ -24,7 +24,7 @@ from fedllm import experiment as ex
 from fedllm.aggregation import RULES
 from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
-from fedllm.exchange import Exchange
+from fedllm.exchange import ANYTHING, Exchange, Want, like
 from fedllm.message import Failure, Message, Role, of_role
 from fedllm.models.frozen import Known
 from fedllm.models.inputs import Inputs, beside
@@ -84,10 +84,10 @@ class Alive:
         """Who failed, and why."""
         return "; ".join(f"{client}: {reason}" for client, reason in self.failed.items())
 
-    def gather(self, requests: Mapping[str, Message]) -> dict[str, Message]:
+    def gather(self, requests: Mapping[str, Message], want: Want = ANYTHING) -> dict[str, Message]:
         """Ask; the good replies by name. Raises FedllmError where too few are left."""
         replies = {}
-        for client, reply in self.ask.ask(requests):
+        for client, reply in self.ask.ask(requests, want):
             if isinstance(reply, Failure):
                 self.failed[client] = reply.reason
                 continue
@@ -155,6 +155,7 @@ class Activations:
         self.cut = check_cut(options, model)
         self.rule = RULES["mean"]
         self.home = options.labels == "client"
+        self.batches = Want(("left", "number"), ("units",), look=self._misfit)
         self.begin = min(model.frozen.begin, self.cut)
         self.client = model.part("client", self.cut, self.begin)
         self.server = model.part("body" if self.home else "server", self.cut)
@@ -185,7 +186,8 @@ class Activations:
         losses: list[float] = []
         sweeps = 0
         for group, sweep_ends in self._turns(alive, rng):
-            replies = alive.gather(dict.fromkeys(group, Message("c1", "forward")))  # c1, c2
+            asked = dict.fromkeys(group, Message("c1", "forward"))
+            replies = alive.gather(asked, self.batches)  # c1, c2
             if replies:
                 gradients, loss = self._step(halves, replies, alive, ask)  # c3
                 losses.append(loss)
@@ -207,6 +209,32 @@ class Activations:
         state = self._average(state, alive, since, ask)
         state = self._merge(state, halves, whole, ask)
         return replace(state, facts={**state.facts, "loss": float(np.mean(losses))})
+
+    def _misfit(self, reply: Message) -> str:
+        """Why c2 is no batch: what it says of its rows decides how much the server allocates."""
+        lengths, labels = reply.tensors.get(LENGTHS), reply.tensors.get(LABELS)
+        hidden = reply.tensors.get(H)
+        names = {H, LENGTHS} if self.home else {H, LENGTHS, LABELS}
+        if set(reply.tensors) != names or lengths is None or hidden is None:
+            return f"sent {sorted(reply.tensors)}, not {sorted(names)}"
+        extra, width = self.server.prompt_tokens, self.model.model.config.hidden_size
+        if lengths.ndim != 1 or lengths.is_floating_point() or not len(lengths):
+            return "its lengths are none"
+        if int(lengths.min()) <= extra or int(lengths.max()) > self.setup.longest + extra:
+            return f"a row is longer than {self.setup.longest} tokens, or empty"
+        cells = int(lengths.long().sum())
+        if tuple(hidden.shape) != (cells, width):
+            return f"sent activations of {tuple(hidden.shape)}, not {(cells, width)}"
+        if labels is None:
+            return ""
+        many = len(lengths) if self.model.classification else cells - extra * len(lengths)
+        lowest = 0 if self.model.classification else IGNORED
+        if (
+            tuple(labels.shape) != (many,) or labels.is_floating_point()
+            or int(labels.min()) < lowest or int(labels.max()) >= self.model.outputs
+        ):  # fmt: skip
+            return f"its labels are not {many} numbers below {self.model.outputs}"
+        return ""
 
     def _halves(self, state: ServerState, cohort: Sequence[str], ask: Exchange) -> dict[str, Half]:
         """The server half that serves each client, with its persistent optimizer."""
@@ -346,7 +374,13 @@ class Activations:
             for client, out in zip(turn.clients, self._split(turn, turn.passed.out), strict=True):
                 packed = pack_rows(out.detach(), turn.parts[client], extra).contiguous()
                 requests[client] = Message("c3", "head", {H: packed}, {H: Role.ACTIVATION})
-        back = alive.gather(requests)
+
+        def look(reply: Message) -> str:
+            sent = requests[reply.client].tensors[H].shape
+            fits = set(reply.tensors) == {GRAD} and reply.tensors[GRAD].shape == sent
+            return "" if fits else "sent another gradient than of the hidden states it got"
+
+        back = alive.gather(requests, Want(("loss",), look=look))
         if not back:
             raise FedllmError(f"no client's head answered: {alive.why()}")
         for turn in turns:
@@ -406,7 +440,9 @@ class Activations:
     ) -> ServerState:
         """cc1 to cc4, weighted by the units seen since the last average."""
         asked = [client for client in alive.cohort if client in seen and client in alive]
-        replies = alive.gather(dict.fromkeys(asked, Message("cc1", "collect")))
+        half = {n: t for n, t in state.shared.items() if n in self.client_names}
+        want = Want(shapes=like(half))
+        replies = alive.gather(dict.fromkeys(asked, Message("cc1", "collect")), want)
         with ask.meter.step("cc2"):
             updates = {client: reply.tensors for client, reply in replies.items()}
             half = self.rule(updates, seen)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedllm import experiment as ex
 from fedllm.data.examples import Examples
-from fedllm.exchange import Exchange
+from fedllm.exchange import Exchange, Want
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss
@@ -49,7 +49,7 @@ class Standalone:
         for number, client in enumerate(sorted(cohort)):
             steps = self.steps[number] if self.steps else 0
             requests[client] = Message("alone", "alone", facts={"steps": steps})
-        replies = ask.gather(requests)
+        replies = ask.gather(requests, Want(("loss",)))
         return replace(state, facts={"loss": mean_loss(replies)})
 
     def candidate(self, state: ServerState) -> Group | None:

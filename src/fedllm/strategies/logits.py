@@ -17,7 +17,7 @@ from fedllm import experiment as ex
 from fedllm.aggregation import RULES
 from fedllm.data.examples import NOTHING, Examples
 from fedllm.errors import FedllmError
-from fedllm.exchange import Exchange
+from fedllm.exchange import Exchange, Want
 from fedllm.flat import Ints
 from fedllm.message import Fact, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
@@ -68,7 +68,9 @@ class Logits:
         rows = self._draw(rng)
         which = {"rows": torch.from_numpy(rows.astype(np.int32))}
         request = Message("b1", "know", which, {"rows": Role.INDEX}, {"public": self.public.hash})
-        replies = ask.gather(dict.fromkeys(cohort, request))  # b1, b2, b3
+        units = int(self.public.take(rows).targets.sum())
+        want = Want(("loss",), ("weight",), {Z: (units, self.model.outputs)})
+        replies = ask.gather(dict.fromkeys(cohort, request), want)  # b1, b2, b3
         with ask.meter.step("b4"):
             weights = {client: float(r.facts["weight"]) for client, r in replies.items()}
             knowledge = self.rule({c: r.tensors for c, r in replies.items()}, weights)[Z]
@@ -82,7 +84,7 @@ class Logits:
             knowledge = alone(logits_of(self.model, shared, public, size, ask.meter, "b6"))
             state = replace(state, shared=shared)
         sent = Message("b7", "digest", {Z: knowledge, **which}, {Z: Role.LOGIT, "rows": Role.INDEX})
-        done = ask.gather(dict.fromkeys(replies, sent))  # b7, b8
+        done = ask.gather(dict.fromkeys(replies, sent), Want(("loss",)))  # b7, b8
         facts = {**state.facts, "loss": mean_loss(replies), "digest_loss": mean_loss(done)}
         return replace(state, facts=facts)
 

@@ -10,7 +10,7 @@ import numpy as np
 from fedllm import experiment as ex
 from fedllm.aggregation import RULES
 from fedllm.data.examples import Examples
-from fedllm.exchange import Exchange
+from fedllm.exchange import Exchange, Want, like
 from fedllm.message import Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
@@ -43,7 +43,8 @@ class Parameters:
     ) -> ServerState:
         """One round."""
         sent = Message("a1", "train", state.shared, of_role(Role.PARAMETER, state.shared))
-        replies = ask.gather(dict.fromkeys(cohort, sent))  # a1, a2, a3
+        want = Want(("loss",), ("weight",), like(state.shared))
+        replies = ask.gather(dict.fromkeys(cohort, sent), want)  # a1, a2, a3
         with ask.meter.step("a4"):
             weights = {client: float(r.facts["weight"]) for client, r in replies.items()}
             combined = self.rule({c: r.tensors for c, r in replies.items()}, weights)

@@ -73,6 +73,26 @@ def add(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([part[name] for part in parts]).sum(0) for name in names}
 
 
+ROUGE = {"rouge", "rouge_units"}
+TOKENS = {"loss", "units", "utf8", "tokens", "unknown"}
+
+
+def misfit(sums: Mapping[str, Tensor], labels: int) -> str:
+    """Why these are not the statistics of a client; empty where they are."""
+    ones = {"loss", "units"} if labels else TOKENS
+    names = ones | {"confusion"} if labels else ones
+    if not names <= set(sums) <= names | (set() if labels else ROUGE):
+        return f"counted {sorted(sums)}, not {sorted(names)}"
+    for name, tensor in sums.items():
+        shape = (labels, labels) if name == "confusion" else (1,)
+        floats = name in ("loss", "rouge")
+        if tuple(tensor.shape) != shape or tensor.is_floating_point() != floats:
+            return f"counted {name!r} as {tensor.dtype} of {tuple(tensor.shape)}"
+        if name != "loss" and bool((tensor < 0).any()):
+            return f"counted fewer than none ({name!r})"
+    return ""
+
+
 def metrics(sums: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Metrics:
     """
     Statistics -> accuracy, macro_f1, per_class, loss; or loss, perplexity, bits_per_byte.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fedllm.errors import FedllmError
 from fedllm.message import Fact
 from fedllm.models.core import Core
 from fedllm.models.flops import FlopCounter
@@ -34,6 +36,9 @@ class Cost:
     examples: int = 0
     tokens: int = 0
     optimizer_steps: int = 0
+
+
+COLUMNS = frozenset(column.name for column in fields(Cost))
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -284,10 +289,18 @@ def held_bytes(core: Core) -> int:
 
 
 def costs_of(facts: dict[str, Fact]) -> dict[str, dict[str, Fact]]:
-    """The costs in a reply's facts, by step."""
+    """The costs in a reply's facts, by step. Raises FedllmError for what are none."""
     found: dict[str, dict[str, Fact]] = {}
     for name, value in facts.items():
-        if name.startswith("cost."):
-            _, step, column = name.split(".")
-            found.setdefault(step, {})[column] = float(value) if column == "seconds" else value
+        if not name.startswith("cost."):
+            continue
+        _, _, rest = name.partition(".")
+        step, _, column = rest.partition(".")
+        try:
+            number = float(value) if column == "seconds" else int(value)
+        except (ValueError, OverflowError):
+            number = -1
+        if column not in COLUMNS or not 0 <= number < math.inf:
+            raise FedllmError(f"costs: {name!r} = {value!r} is none")
+        found.setdefault(step, {})[column] = number
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from fedllm.message import Failure
+from fedllm.message import Failure, Frame
 
 
 class Transport(Protocol):
@@ -25,6 +25,10 @@ class Transport(Protocol):
         """Send a frame; returns the id under which its answer will come."""
         ...
 
-    def collect(self, timeout: float | None = None) -> Iterator[tuple[str, bytes | Failure]]:
+    def expire(self, id: str) -> None:
+        """Nobody waits for this answer any more; ``collect`` gives it all the same if it comes."""
+        ...
+
+    def collect(self, timeout: float | None = None) -> Iterator[tuple[str, Frame | Failure]]:
         """Answers of everything posted, as they come."""
         ...

@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedllm.errors import FedllmError
-from fedllm.message import Failure
+from fedllm.message import Failure, Frame
 from fedllm.transport.keys import proven
 from fedllm.transport.session import Facts
 
@@ -61,15 +61,15 @@ class Carried:
     window: int | None = None
 
     def __init__(
-        self, grid: Grid, names: Sequence[str], order: Mapping[str, Any], authority: bytes | None,
-        seconds: float = 300.0,
+        self, grid: Grid, names: Sequence[str], order: Callable[[], Mapping[str, Any]],
+        authority: bytes | None, seconds: float = 300.0,
     ) -> None:  # fmt: skip
         """
         names: of all sites.  order: what every message says of the run.  authority: PEM of who
         signed the sites' certificates; None only where somebody wrote ``insecure``.  seconds: to
         wait for the sites.
         """
-        self._grid, self._names, self._order = grid, sorted(names), dict(order)
+        self._grid, self._names, self._order = grid, sorted(names), order
         self._authority, self._seconds = authority, seconds
         self._nodes: dict[str, int] = {}
         self._asked: dict[str, str] = {}  # message -> site
@@ -88,8 +88,8 @@ class Carried:
     def hello(self, refuse: Callable[[str, Facts], str]) -> tuple[dict[str, Facts], list[str]]:
         """What each site says of itself, and why sites are turned away or did not answer."""
         nodes = connected(self._grid, len(self._names), self._seconds)
-        nonce = secrets.token_hex(16)
-        asked = {send(self._grid, HELLO, n, {**self._order, "nonce": nonce}): n for n in nodes}
+        nonce, order = secrets.token_hex(16), self._order()
+        asked = {send(self._grid, HELLO, n, {**order, "nonce": nonce}): n for n in nodes}
         found: dict[str, Facts] = {}
         reasons: list[str] = []
         until = time.monotonic() + self._seconds
@@ -129,11 +129,14 @@ class Carried:
         """Send a frame to the process that Flower will start for it."""
         more = {"state": self._greet(client)["state"]} if client in self._new else {}
         node = self._nodes[client]
-        id = send(self._grid, FRAME, node, {**self._order, **more, "frame": frame})
+        id = send(self._grid, FRAME, node, {**self._order(), **more, "frame": frame})
         self._asked[id] = client
         return id
 
-    def collect(self, timeout: float | None = None) -> Iterator[tuple[str, bytes | Failure]]:
+    def expire(self, id: str) -> None:
+        """The message is on its way; only its answer can be dropped."""
+
+    def collect(self, timeout: float | None = None) -> Iterator[tuple[str, Frame | Failure]]:
         """Answers as they come; a Failure where Flower gives a site or its process up."""
         until = None if timeout is None else time.monotonic() + timeout
         while self._asked:

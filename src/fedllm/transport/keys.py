@@ -69,17 +69,10 @@ def authority(name: str, days: int = 10 * DAYS) -> Authority:
     return Authority(_signed(builder, days, key), _pem(key))
 
 
-def request(name: str, hosts: Sequence[str]) -> tuple[bytes, bytes]:
-    """
-    A new private key, and the request for a certificate of it; PEM.
-
-    hosts: names and addresses under which it will be reached (a server's).
-    """
+def request(name: str) -> tuple[bytes, bytes]:
+    """A new private key, and the request for a certificate of it; PEM."""
     key = ec.generate_private_key(ec.SECP384R1())
     builder = x509.CertificateSigningRequestBuilder().subject_name(_named(name))
-    if hosts:
-        names = x509.SubjectAlternativeName([_host(host) for host in hosts])
-        builder = builder.add_extension(names, critical=False)
     asked = builder.sign(key, hashes.SHA384())
     return _pem(key), asked.public_bytes(serialization.Encoding.PEM)
 
@@ -88,14 +81,20 @@ def _host(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        pass
+    try:
         return x509.DNSName(host)
+    except ValueError as error:
+        raise FedllmError(f"{host!r}: no name of a host ({error})") from None
 
 
-def issue(authority: Authority, asked: bytes, days: int = DAYS) -> bytes:
+def issue(authority: Authority, asked: bytes, hosts: Sequence[str] = (), days: int = DAYS) -> bytes:
     """
-    A certificate for what a request asks, for servers and clients alike.
+    A certificate for the key and the name in a request, and for nothing else that it asks.
 
-    Raises FedllmError for a request that is none, or not of its own key.
+    hosts: of a server, the names and addresses under which it is dialled; without them the
+    certificate is good for dialling only.  Raises FedllmError for a request that is none, has no
+    name, or is not of its own key.
     """
     try:
         wanted = x509.load_pem_x509_csr(asked)
@@ -103,25 +102,37 @@ def issue(authority: Authority, asked: bytes, days: int = DAYS) -> bytes:
         raise FedllmError(f"certificate request: cannot be read ({error})") from None
     if not wanted.is_signature_valid:
         raise FedllmError("certificate request: not signed with its own key")
+    if len(wanted.subject.get_attributes_for_oid(NameOID.COMMON_NAME)) != 1:
+        raise FedllmError("certificate request: it does not say one name")
     issuer = x509.load_pem_x509_certificate(authority.certificate)
+    usage = [ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH]
     builder = (
         x509.CertificateBuilder()
         .subject_name(wanted.subject)
         .issuer_name(issuer.subject)
         .public_key(wanted.public_key())
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(
-            x509.ExtendedKeyUsage(
-                [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-            ),
-            critical=False,
-        )
+        .add_extension(x509.ExtendedKeyUsage(usage), critical=False)
     )
-    for extension in wanted.extensions:  # of what it asks, its names and nothing else
-        if isinstance(extension.value, x509.SubjectAlternativeName):
-            builder = builder.add_extension(extension.value, critical=False)
+    if hosts:
+        names = x509.SubjectAlternativeName([_host(host) for host in hosts])
+        builder = builder.add_extension(names, critical=False)
     key = serialization.load_pem_private_key(authority.key, None)
     return _signed(builder, days, key)
+
+
+def same_key(certificate: bytes, asked: bytes) -> bool:
+    """Whether a certificate and a request are of the same key."""
+    return (
+        x509.load_pem_x509_certificate(certificate).public_key()
+        == x509.load_pem_x509_csr(asked).public_key()
+    )
+
+
+def fingerprint(certificate: bytes) -> str:
+    """SHA-256 of a certificate, as other tools show it."""
+    digest = x509.load_pem_x509_certificate(certificate).fingerprint(hashes.SHA256()).hex()
+    return ":".join(digest[i : i + 2] for i in range(0, len(digest), 2))
 
 
 def name_of(certificate: bytes) -> str:
@@ -174,10 +185,16 @@ def node_keys() -> tuple[bytes, bytes]:
 
 
 def write(path: Path, data: bytes, private: bool = False) -> None:
-    """Write a file whole or not at all; a private one for its owner alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o644)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    os.replace(aside, path)
+    """
+    Write a file whole or not at all; a private one for its owner alone.
+
+    Raises FedllmError where it cannot be written.
+    """
+    aside, mode = path.with_name(f".{path.name}.part"), 0o600 if private else 0o644
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            file.write(data)
+        os.replace(aside, path)
+    except OSError as error:
+        raise FedllmError(f"{path}: cannot be written ({error.strerror})") from None

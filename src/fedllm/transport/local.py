@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from fedllm.message import Failure
+from fedllm.message import Failure, Frame
 
 Endpoint = Callable[[dict[str, bytes]], dict[str, bytes]]
 
@@ -31,7 +31,10 @@ class Local:
         self._posted.append((str(self._count), client, frame))
         return str(self._count)
 
-    def collect(self, timeout: float | None = None) -> Iterator[tuple[str, bytes | Failure]]:
+    def expire(self, id: str) -> None:
+        """Nobody is late here."""
+
+    def collect(self, timeout: float | None = None) -> Iterator[tuple[str, Frame | Failure]]:
         """Let the endpoint work through what was posted; a client appears once in each call."""
         while self._posted:
             taken: dict[str, tuple[str, bytes]] = {}

@@ -8,7 +8,8 @@ answer carries the number of its question. A stream that breaks is dialled again
 gives it again. Number 0 is the session's own: hello, welcome, and good-bye.
 
 A site opens a session with a one-time token (given out by ``Sessions.admit`` and brought to it by
-the engine), and resumes it with a secret that the welcome holds. Its certificate must carry its
+the engine; spent as soon as the site has said that the welcome came), and resumes it with a secret
+that the welcome holds. Its certificate must carry its
 name. A site that opens a new one (its process died) has lost what it was doing: what it was asked
 before has failed.
 """
@@ -22,22 +23,26 @@ import secrets
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
 from fedllm.errors import FedllmError
-from fedllm.message import Failure, Message, pack, unpack
+from fedllm.message import Failure, Frame, Message, pack, unpack
 
 LOG = logging.getLogger(__name__)
 SERVICE, METHOD = "fedllm.Session", "Open"
 LARGEST = 2**30  # bytes of a frame, unless somebody says otherwise
 TOKEN_SECONDS = 600.0
+HELLO_SECONDS = 10.0  # a stream that says nothing for so long is closed
+STRANGE = 8  # streams of one certificate that have not said hello yet
 Facts = dict[str, int | float | str]
-Answer = Callable[[bytes], bytes]
+Answer = Callable[[Frame], bytes]
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,11 @@ def _numbered(number: int, frame: bytes) -> bytes:
     return struct.pack("<Q", number) + frame
 
 
-def _read(data: bytes) -> tuple[int, bytes]:
-    """Number and frame. Raises FedllmError for less than a number."""
+def _read(data: bytes) -> tuple[int, memoryview]:
+    """Number and frame, not copied. Raises FedllmError for less than a number."""
     if len(data) < 8:
         raise FedllmError("session: less than a number arrived")
-    return struct.unpack("<Q", data[:8])[0], data[8:]
+    return struct.unpack_from("<Q", data)[0], memoryview(data)[8:]
 
 
 def _session(task: str, facts: Mapping[str, Any] | None = None) -> bytes:
@@ -84,7 +89,9 @@ class _Link:
 
     name: str
     secret: str
+    token: str
     waiting: dict[int, bytes] = field(default_factory=dict)  # asked, not answered
+    expired: set[int] = field(default_factory=set)  # nobody waits for these answers any more
     out: queue.Queue[bytes | None] | None = None  # of the stream that is open now
     lost: float = 0.0  # when the stream broke
 
@@ -110,15 +117,16 @@ class Sessions:
         greet: what a site that opens a session is told.  patience: seconds that a site may be away.
         largest: bytes of a frame.  most: sites at once.
         """
-        self.check, self.greet = check, greet
+        self.check, self.greet, self._largest = check, greet, largest
         self._names = sorted(names)
         self._keys, self._patience = keys, patience
         self._lock = threading.Lock()
         self._links: dict[str, _Link] = {}
         self._tokens: dict[str, tuple[str, float]] = {}  # token -> (site, until)
-        self._arrived: queue.Queue[tuple[int, bytes | Failure]] = queue.Queue()
+        self._arrived: queue.Queue[tuple[int, Frame | Failure]] = queue.Queue()
         self._count = 0
         self._asked: dict[int, str] = {}  # number -> site
+        self._strange: Counter[str] = Counter()
         # a handler lives as long as its stream
         self._server = grpc.server(
             ThreadPoolExecutor(most, thread_name_prefix="session"), options=_options(largest)
@@ -147,8 +155,10 @@ class Sessions:
         Without a name it is for any site of the federation: its certificate says which.
         """
         token = secrets.token_urlsafe(32)
+        now = time.monotonic()
         with self._lock:
-            self._tokens[token] = (name, time.monotonic() + seconds)
+            self._tokens = {t: found for t, found in self._tokens.items() if found[1] > now}
+            self._tokens[token] = (name, now + seconds)
         return token
 
     def wait(self, names: Sequence[str], seconds: float) -> list[str]:
@@ -184,7 +194,21 @@ class Sessions:
                     link.out.put(_numbered(number, frame))
         return str(number)
 
-    def collect(self, timeout: float | None = None) -> Iterator[tuple[str, bytes | Failure]]:
+    def expire(self, id: str) -> None:
+        """
+        Nobody waits for this answer any more: its frame is not kept, and a site that has not begun
+        with it need not. An answer that comes all the same is given by ``collect``.
+        """
+        number = int(id)
+        with self._lock:
+            link = self._links.get(self._asked.get(number, ""))
+            if link is None or link.waiting.pop(number, None) is None:
+                return
+            link.expired.add(number)
+            if link.out is not None:
+                link.out.put(_session("skip", {"number": number}))
+
+    def collect(self, timeout: float | None = None) -> Iterator[tuple[str, Frame | Failure]]:
         """
         Answers of everything posted, as they come; a Failure for a site that stays away.
 
@@ -240,7 +264,9 @@ class Sessions:
     def _open(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         """One stream of one site, from its hello on."""
         try:
-            hello = self._hello(next(requests, b""))
+            with self._stranger(context):
+                first = next(requests, b"")
+            hello = self._hello(first)
             name = str(hello.get("name", ""))
             self._identify(name, context)
             link, out = self._welcome(name, hello)
@@ -252,6 +278,27 @@ class Sessions:
         threading.Thread(target=self._listen, args=(requests, link, out), daemon=True).start()
         while (data := out.get()) is not None:
             yield data
+
+    @contextmanager
+    def _stranger(self, context: Any) -> Iterator[None]:
+        """Streams that say nothing must not keep others out."""
+        names = context.auth_context().get("x509_common_name", [b""]) if self._keys else [b""]
+        name = names[0].decode()
+        with self._lock:
+            self._strange[name] += 1
+            many = self._strange[name] > STRANGE
+        silence = threading.Timer(HELLO_SECONDS, context.cancel)
+        silence.daemon = True
+        try:
+            if many:
+                raise FedllmError(f"session: {name!r} opened {STRANGE} streams without a hello")
+            silence.start()
+            yield
+        finally:
+            silence.cancel()
+            with self._lock:
+                self._strange[name] -= 1
+                self._strange += Counter()  # forget who has none
 
     def _hello(self, data: bytes) -> Facts:
         number, frame = _read(data)
@@ -274,18 +321,19 @@ class Sessions:
         with self._lock:
             link = self._links.get(name)
             if secret:
-                if link is None or not hmac.compare_digest(link.secret, secret):
+                if link is None or not hmac.compare_digest(link.secret.encode(), secret.encode()):
                     raise FedllmError(f"session: {name!r} has no session to resume")
             else:
-                none = ("no site", 0.0)
-                whose, until = self._tokens.pop(str(hello.get("token", "")), none)
+                token = str(hello.get("token", ""))
+                whose, until = self._tokens.get(token, ("no site", 0.0))
                 if whose != name and (whose or name not in self._names):
                     raise FedllmError(f"session: {name!r} has no valid token (each opens one)")
                 if time.monotonic() > until:
                     raise FedllmError(f"session: the token of {name!r} has expired")
                 if reason := self.check(name, hello):
                     raise FedllmError(reason)
-                before, link = link, _Link(name, secrets.token_urlsafe(32))
+                self._tokens[token] = (name, until)  # nobody else's from now on
+                before, link = link, _Link(name, secrets.token_urlsafe(32), token)
                 self._links[name] = link
                 if before is not None:
                     self._replace(before)
@@ -293,7 +341,8 @@ class Sessions:
             if link.out is not None:
                 link.out.put(None)
             greeting = {} if secret else self.greet(name)
-            out.put(_session("welcome", {**greeting, "secret": link.secret}))
+            told = {**greeting, "secret": link.secret, "largest": self._largest}
+            out.put(_session("welcome", told))
             for number, frame in sorted(link.waiting.items()):
                 out.put(_numbered(number, frame))
             link.out = out
@@ -301,7 +350,7 @@ class Sessions:
 
     def _replace(self, before: _Link) -> None:
         """What the site was asked in an earlier session has failed."""
-        for number in before.waiting:
+        for number in (*before.waiting, *before.expired):
             failure = Failure(before.name, "", "the site began anew and has lost this round's work")
             self._arrived.put((number, failure))
 
@@ -311,13 +360,16 @@ class Sessions:
         try:
             for data in requests:
                 number, frame = _read(data)
-                answer: bytes | Failure = frame
+                answer: Frame | Failure = frame
                 if not number:
                     facts = unpack(frame)[0].facts
                     number = int(facts.get("number", 0))
                     answer = Failure(link.name, "", str(facts.get("reason", "")))
                 with self._lock:
-                    if link.waiting.pop(number, None) is not None:  # asked of this site, once
+                    self._tokens.pop(link.token, None)  # the welcome came
+                    late = number in link.expired
+                    link.expired.discard(number)
+                    if link.waiting.pop(number, None) is not None or late:  # asked of it, once
                         self._arrived.put((number, answer))
         except (grpc.RpcError, FedllmError, ValueError) as error:
             LOG.info("the stream of %s broke: %s", link.name, error)
@@ -334,32 +386,34 @@ class Sessions:
 def attend(
     address: str, name: str, token: str, keys: Keys | None, answer: Answer,
     facts: Mapping[str, Any] | None = None, welcomed: Callable[[Facts], None] = lambda _: None,
-    patience: float = 60.0, largest: int = LARGEST,
+    patience: float = 60.0, largest: int = LARGEST, sent: Callable[[Frame], None] = lambda _: None,
 ) -> None:  # fmt: skip
     """
     Dial the server and answer its frames until it says good-bye.
 
     answer: frame -> frame.  facts: what the hello says besides.  welcomed: hears what a new session
-    is told, before the first question.  Raises FedllmError when the server refuses, or stays away
-    for ``patience`` seconds.
+    is told, before the first question.  sent: hears of every frame that leaves.  Raises FedllmError
+    when the server refuses, or stays away for ``patience`` seconds.
     """
-    site = _Site(answer, largest)
+    site = _Site(answer, largest, sent)
     hello: dict[str, Any] = {**(facts or {}), "name": name, "token": token}
     since = time.monotonic()
     while True:
+        there = False
         try:
             for told in site.stream(address, keys, hello):
+                there = True
                 if "secret" not in hello:
                     welcomed(told)
                 hello = {"name": name, "secret": str(told["secret"])}
-                since = time.monotonic()
+            site.close()
             return
         except grpc.RpcError as error:
+            if there:  # until now
+                since = time.monotonic()
             code = error.code() if hasattr(error, "code") else None
             if code == grpc.StatusCode.UNAUTHENTICATED:
                 raise FedllmError(f"{address} refused: {error.details()}") from None
-            if "secret" in hello and site.heard > since:
-                since = site.heard
             if time.monotonic() - since > patience:
                 raise FedllmError(
                     f"{address}: no connection for {patience:g} s ({code and code.name})"
@@ -371,9 +425,9 @@ def attend(
 class _Site:
     """Numbers and answers that outlive a stream."""
 
-    def __init__(self, answer: Answer, largest: int) -> None:
-        self._answer, self._largest = answer, largest
-        self.heard = 0.0
+    def __init__(self, answer: Answer, largest: int, sent: Callable[[Frame], None]) -> None:
+        self._answer, self._largest, self._sent = answer, largest, sent
+        self._skipped: set[int] = set()
         self._last: dict[int, bytes] = {}
         self._busy: set[int] = set()
         self._lock = threading.Lock()
@@ -384,7 +438,7 @@ class _Site:
     def stream(self, address: str, keys: Keys | None, hello: Mapping[str, Any]) -> Iterator[Facts]:
         """One stream until it breaks (grpc.RpcError) or ends; yields the welcome's facts."""
         out: queue.Queue[bytes | None] = queue.Queue()
-        out.put(_session("hello", hello))
+        self._put(out, _session("hello", hello))
         if keys is None:
             channel = grpc.insecure_channel(address, _options(self._largest))
         else:
@@ -396,44 +450,71 @@ class _Site:
             call = channel.stream_stream(f"/{SERVICE}/{METHOD}")
             for data in call(iter(out.get, None)):
                 number, frame = _read(data)
-                self.heard = time.monotonic()
                 if number:
                     self._take(number, frame)
                     continue
                 message, _ = unpack(frame)
                 if message.task == "bye":
                     return
+                if message.task == "skip":
+                    with self._lock:
+                        self._skipped.add(int(message.facts["number"]))
+                    continue
+                # a larger answer would break the stream, again and again
+                theirs = int(message.facts.get("largest", self._largest))
+                self._largest = min(self._largest, theirs)
                 yield message.facts
+                self._put(out, _session("here"))
             raise _Broken
         finally:
             out.put(None)
             channel.close()
 
-    def _take(self, number: int, frame: bytes) -> None:
+    def close(self) -> None:
+        """Good-bye: what waits is not begun any more."""
+        self._work.shutdown(wait=False, cancel_futures=True)
+
+    def _put(self, out: queue.Queue[bytes | None], data: bytes) -> None:
+        try:
+            self._sent(memoryview(data)[8:])
+        except OSError as error:  # what is not written down does not leave
+            LOG.error("the audit cannot be written: %s", error)
+            number, _ = _read(data)
+            data = _session("failed", {"number": number, "reason": "its audit cannot be written"})
+        out.put(data)
+
+    def _take(self, number: int, frame: Frame) -> None:
         with self._lock:
             if number in self._last:
-                self._out.put(self._last[number])
+                self._put(self._out, self._last[number])
             elif number not in self._busy:
                 self._busy.add(number)
                 self._work.submit(self._do, number, frame)
 
-    def _do(self, number: int, frame: bytes) -> None:
+    def _do(self, number: int, frame: Frame) -> None:
         try:
+            with self._lock:
+                if number in self._skipped:
+                    self._skipped.discard(number)
+                    raise FedllmError("not begun, nobody waited for it any more")
             reply = _numbered(number, self._answer(frame))
             if len(reply) > self._largest + 8:
                 raise FedllmError(
                     f"the answer takes {len(reply)} bytes, {self._largest} may travel"
                 )
+        except FedllmError as error:
+            LOG.warning("question %d: %s", number, error)
+            reply = _session("failed", {"number": number, "reason": str(error)})
         except Exception as error:  # the boundary of a site: its fault becomes an answer
             LOG.warning("question %d", number, exc_info=error)
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}, the site's log says more"
             reply = _session("failed", {"number": number, "reason": reason})
         with self._lock:
             self._busy.discard(number)
             self._last[number] = reply
             while len(self._last) > 4:
                 del self._last[min(self._last)]
-            self._out.put(reply)
+            self._put(self._out, reply)
 
 
 class _Broken(grpc.RpcError):

@@ -1,0 +1,165 @@
+"""What a site gives away and what it keeps, whatever the server orders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedllm import experiment as ex
+from fedllm.across import Called, hosted, order_of
+from fedllm.errors import FedllmError, Refusal
+from fedllm.exchange import encode
+from fedllm.flower import Caller, discreet
+from fedllm.message import Message, unpack
+from fedllm.remote import Distant
+from fedllm.site import Hosted
+from fedllm.transport.session import Sessions
+from sites import Sites
+from small import experiment
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Sites:
+    return Sites(tmp_path, experiment(simulation={"cohort": 1, "test_examples": 30}))
+
+
+def half(sites: Sites, folder: str = "run", **changes: Any) -> Hosted:
+    """The half of client-1 of a run into this folder of the server."""
+    (sites.folder / folder).mkdir(exist_ok=True)
+    order = order_of(sites.spec.replace(**changes), 0, sites.folder / folder)
+    site = ex.load_site(sites.folder / "client-1" / "site.toml")
+    return hosted(order, site, sites.folder / "client-1")
+
+
+def test_nothing_of_its_environment_gets_into_an_order(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRECIOUS", "secret of the site")
+    labels = [*sites.spec.data.labels, "${PRECIOUS}"]
+    data = sites.spec.data.model_copy(update={"labels": tuple(labels)})
+    assert "secret" not in str(half(sites, data=data).facts)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../train.csv", "a" * 40])
+def test_states_are_read_from_its_own_folder_only(sites: Sites, name: str) -> None:
+    with pytest.raises(FedllmError, match="not the name of one"):
+        half(sites).welcomed({"state": name})
+
+
+def test_only_a_simulation_reads_other_rows(sites: Sites) -> None:
+    strategy = ex.Logits(client_models=("builtin",))
+    with pytest.raises(FedllmError, match="client_models"):
+        half(sites, strategy=strategy)
+
+
+def test_errors_that_may_hold_a_row_stay_at_the_site(
+    sites: Sites, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = sites.spec.data.model_copy(update={"text": "intent", "label": "text"})
+    with pytest.raises(FedllmError) as error, discreet("client-1"):
+        half(sites, data=data)
+    assert "its own log says why" in str(error.value)
+    assert "is not in the experiment's data.labels" in caplog.text
+    with pytest.raises(FedllmError, match="may not leave"), discreet("client-1"):
+        raise Refusal("labels may not leave this site (allow.labels)")
+
+
+class Server:
+    """Asks one site; keeps of its states what ``Distant`` does."""
+
+    def __init__(self, site: Hosted, run: str, base: str) -> None:
+        self.site, self.round, self.run, self.base = site, 0, run, base
+        self.late = False
+        self.distant = Distant({})
+        self.distant.exchange = self  # type: ignore[assignment]
+        self.transport = self
+
+    def clients(self) -> list[str]:
+        return ["client-1"]
+
+    def ask(self, requests: dict[str, Message]) -> Any:
+        for client, request in requests.items():
+            reply = self.say(request.task, request.facts)
+            if not self.late:
+                yield client, reply
+
+    def say(self, task: str, facts: Any) -> Message:
+        message = Message(
+            "s", task, facts=dict(facts), client="client-1", id=f"{self.round}.{task}", attempt=1,
+            run=self.run, round=self.round, base=self.base,
+        )  # fmt: skip
+        return unpack(self.site.answer(encode(message, {})[0]))[0]
+
+    def rounds(self, count: int) -> str:
+        """Rounds in which the site trains and saves; the name that a checkpoint would hold."""
+        for _ in range(count):
+            self.round += 1
+            self.site._worker.sites["client-1"].keep("new", {"x": torch.ones(self.round)})
+            names = self.distant.snapshot()
+        return names["client-1"]
+
+
+def test_no_state_that_a_checkpoint_names_is_removed(sites: Sites) -> None:
+    site = half(sites)
+    server = Server(site, site._worker.run, site._worker.base)
+    older, committed = server.rounds(2), server.rounds(1)
+    assert {older, committed} <= {path.name for path in site._states.iterdir()}
+    folder = site._states
+    server.late = True  # three answers come after the deadline: the server keeps the old name
+    assert server.rounds(3) == committed
+    half(sites).welcomed({"state": committed})  # and can go back to it
+    server.late = False
+    server.rounds(3)
+    assert len(list(folder.iterdir())) <= 4  # others go
+    other = half(sites, "another run of the same file")
+    Server(other, other._worker.run, other._worker.base).rounds(4)
+    half(sites).welcomed({"state": server.distant.snapshot()["client-1"]})
+
+
+def test_a_machine_that_is_away_holds_nobody_up() -> None:
+    class Grid:
+        def __init__(self) -> None:
+            self.nodes, self.pushed = [11, 22], []  # type: ignore[var-annotated]
+
+        def get_node_ids(self) -> list[int]:
+            return self.nodes
+
+        def create_message(self, record: Any, kind: str, node: int, **_: Any) -> Any:
+            return node
+
+        def push_messages(self, messages: list[int]) -> list[str]:
+            self.pushed += messages
+            return [str(len(self.pushed))]
+
+        def pull_messages(self, ids: list[str]) -> list[Any]:
+            return []
+
+    grid = Grid()
+    caller = Caller(grid)  # type: ignore[arg-type]
+    reasons = [["node 22: its machine is off"], [], []]
+    with Sessions("127.0.0.1:0", None, ["a", "b"]) as sessions:
+        called = Called(
+            sessions, ["a", "b"], lambda name, token: caller(name, {"token": token}), 0.0,
+            lambda: reasons.pop(0) if reasons else [],
+        )  # fmt: skip
+        for _ in range(2):
+            caller("", {"token": "t"})
+        caller._called.popitem()
+        grid.nodes = [11]
+        assert called.clients() == ["a", "b"]  # nobody to call: the round goes on without
+        assert grid.pushed == [11, 22]
+        grid.nodes = [11, 22]
+        called.clients()
+        assert grid.pushed == [11, 22, 22]  # back again
+        called.clients()
+        assert grid.pushed == [11, 22, 22]
+
+
+def test_the_audit_has_a_line_for_the_hello_too(sites: Sites) -> None:
+    site = half(sites)
+    site.sent(encode(Message("session", "hello", facts={"token": "t"}), {})[0])
+    (line,) = [json.loads(one) for one in site._audit.read_text().splitlines()]
+    assert line["task"] == "hello"
+    assert "token" not in json.dumps(line)

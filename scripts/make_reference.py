@@ -139,6 +139,8 @@ MEANING = {
     "exchange.clients_per_round": "clients drawn each round; without it all",
     "exchange.minimum_replies": "replies without which a step ends the run with an error; without "
                                 "it all that were asked",
+    "sweep": "tables of keys (dotted, in quotes) with lists of values: `fedllm sweep` runs every "
+    "combination; keys of one table change together",
     "exchange.resident": "across machines: sites stay for the whole run, in a session; `false`: "
     "each message is a process of its own at the site (parameters and logits; slower, one port)",
     "exchange.deadline": "seconds for the answers of one step; who is later is left out of it, and "

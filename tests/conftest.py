@@ -6,6 +6,7 @@ import pytest
 from shared import SHARED
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub that is not there
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 import torch
 

@@ -47,6 +47,7 @@ ALLOWED = {
     "round": ROUND,
     "federation": ROUND | {"federation"},
     "compare": FEDERATION,
+    "sweep": FEDERATION | {"compare"},
     "predict": FEDERATION,
     "report": FEDERATION,
     "cli": FEDERATION | {"predict", "operate", "engine", "rehearse"},
@@ -94,7 +95,7 @@ def test_only_the_exchange_calls_codecs_and_transport() -> None:
     }
     # the federation builds a transport and hands it over
     # across opens sessions, remote names the protocol, operate makes keys
-    builders = {"federation", "across", "remote", "operate", "flower", "rehearse"}
+    builders = {"federation", "across", "remote", "operate", "flower", "rehearse", "cli"}
     assert callers <= {"exchange", "codecs", "transport"} | builders
 
 

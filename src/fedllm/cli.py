@@ -94,6 +94,8 @@ def run(
     from fedllm.report import page, tables
 
     spec = experiment.load(file, set_ or ())
+    if spec.sweep:
+        raise FedllmError(f"{file}: it has a [[sweep]], which 'fedllm sweep' runs")
     folder = out or Path("runs") / spec.name
     if on is not None:
         from fedllm.engine import run_on
@@ -124,6 +126,30 @@ def compare(file: File, set_: Set = None, out: Out = None, resume: Resume = Fals
     folder = out or Path("runs") / f"{spec.name}-compare"
     with _watched(quiet) as listener:
         summary = comparison.run(spec, folder, resume=resume, listener=listener)
+    tables.show(summary)
+    typer.echo(f"report: {page.write(folder)}")
+
+
+@app.command()
+def sweep(
+    file: File, set_: Set = None, out: Out = None, resume: Resume = False, quiet: Quiet = False,
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="KEY=A,B,C", help="Values of a key; repeatable."),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side.")] = 1,
+) -> None:  # fmt: skip
+    """Run the experiment with several values of some of its keys, each with every seed."""
+    from fedllm import experiment
+    from fedllm import sweep as sweeping
+    from fedllm.report import page, tables
+
+    spec = experiment.load(file, set_ or ())
+    if values:
+        spec = spec.replace(sweep=(*spec.sweep, *(experiment.axis(text) for text in values)))
+    folder = out or Path("runs") / f"{spec.name}-sweep"
+    with _watched(quiet) as listener:
+        summary = sweeping.run(spec, folder, resume=resume, jobs=jobs, listener=listener)
     tables.show(summary)
     typer.echo(f"report: {page.write(folder)}")
 

@@ -79,7 +79,7 @@ def run(
                 )  # fmt: skip
             found.setdefault(part.name, []).append(summary)
     base = base_quality(experiment, prepared[experiment.seeds[-1]])
-    total = _joined(experiment, found, base)
+    total = joined(experiment, found, base)
     federation.write_json(folder / "summary.json", total)
     return total
 
@@ -204,12 +204,12 @@ def seeds(
         runs.append(
             federation.run(experiment, seed, inner, resume=inner.exists(), listener=listener)
         )
-    total = _joined(experiment, {experiment.strategy.kind: runs})
+    total = joined(experiment, {experiment.strategy.kind: runs})
     federation.write_json(folder / "summary.json", total)
     return total
 
 
-def _joined(
+def joined(
     experiment: ex.Experiment, found: dict[str, list[dict[str, Any]]],
     base: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip

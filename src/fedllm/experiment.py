@@ -329,6 +329,10 @@ class Compare(Section):
     activations: Activations = Activations()
 
 
+Axis = dict[str, tuple[Any, ...]]
+"""Keys of an experiment (dotted) that change together, and the values of each."""
+
+
 class Experiment(Section):
     """The whole file. Paths in it are already resolved against the file's folder."""
 
@@ -346,6 +350,7 @@ class Experiment(Section):
     evaluation: Evaluation = Evaluation()
     simulation: Simulation = Simulation()
     compare: Compare = Compare()
+    sweep: tuple[Axis, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -380,6 +385,13 @@ class Experiment(Section):
                 "exchange.resident = false: activations cross for every batch, for which sites "
                 "have to stay; leave it out"
             )
+        for axis in self.sweep:
+            counts = {key: len(values) for key, values in axis.items()}
+            if len(set(counts.values())) != 1 or not min(counts.values()):
+                raise ValueError(
+                    f"sweep: keys of one [[sweep]] change together and need as many values each "
+                    f"(here {counts})"
+                )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: the same seed twice")
         if self.task.kind == "generation" and self.tunables.head != "shared":
@@ -566,6 +578,42 @@ def parse(
         raise FedllmError(_explain(error, values, origin)) from None
 
 
+def axis(text: str) -> Axis:
+    """
+    ``key=a,b,c`` -> an axis; values are TOML, bare words are strings.
+
+    Raises FedllmError for anything else.
+    """
+    key, sign, listed = text.partition("=")
+    if not sign or not key.strip() or not listed.strip():
+        raise FedllmError(f"--sweep {text}: expected key=a,b,c, e.g. --sweep tunables.rank=2,8,32")
+    try:
+        values = tomllib.loads(f"value = [{listed}]")["value"]
+    except tomllib.TOMLDecodeError:
+        values = [_value(word.strip()) for word in listed.split(",")]
+    return {key.strip(): tuple(values)}
+
+
+def _value(text: str) -> Any:
+    """A TOML value, or the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def vary(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
+    """
+    The experiment with other values of these keys (dotted), checked again.
+
+    Raises FedllmError naming the key that there is not, or the value that does not fit.
+    """
+    values = experiment.model_dump(mode="json", exclude_none=True)
+    for key, value in settings.items():
+        _set(values, key, value, f"sweep {key}")
+    return parse(values, "sweep", Path.cwd(), foreign=True)
+
+
 def dump(experiment: Experiment) -> str:
     """The resolved experiment as TOML, with every default, that ``load`` reads back equal."""
     lines: list[str] = []
@@ -584,6 +632,8 @@ def _write(lines: list[str], table: Mapping[str, Any], prefix: str) -> None:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML forbids it bare
@@ -625,16 +675,17 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
         raise FedllmError(f"--set {override}: expected key=value, e.g. --set training.rate=0.001")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *sections, last = key.strip().split(".")
+    value = _value(text)
+    _set(values, key.strip(), value, f"--set {override}")
+
+
+def _set(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    *sections, last = key.split(".")
     table = values
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise FedllmError(f"--set {override}: {section!r} is not a section")
+            raise FedllmError(f"{origin}: {section!r} is not a section")
     if (*sections, last) in PATHS and isinstance(value, str) and value != "builtin":
         value = _path(value, Path.cwd())
     if last == "kind" and table.get("kind") != value:

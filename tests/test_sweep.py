@@ -1,0 +1,141 @@
+"""Sweeps: every combination once, what is there is not run again, side by side gives the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedllm import experiment as ex
+from fedllm import federation, sweep
+from fedllm.errors import FedllmError
+from fedllm.federation import Silent
+from small import experiment
+
+
+def small(*axes: dict[str, tuple[Any, ...]], **more: Any) -> ex.Experiment:
+    return experiment(
+        rounds=1, sweep=list(axes), simulation={"clients": 2, "examples": 8, "test_examples": 10},
+        **more,
+    )  # fmt: skip
+
+
+class Notes(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@given(
+    ranks=st.lists(st.integers(1, 64), min_size=1, max_size=3, unique=True),
+    rates=st.lists(st.sampled_from([0.1, 0.01, 0.001]), min_size=1, max_size=3, unique=True),
+)
+def test_axes_multiply_and_keys_of_one_axis_go_together(ranks: Any, rates: Any) -> None:
+    spec = small(
+        {"tunables.rank": tuple(ranks), "tunables.alpha": tuple(2.0 * r for r in ranks)},
+        {"training.rate": tuple(rates)},
+    )
+    found = sweep.points(spec)
+    settings = {(p.experiment.tunables.rank, p.experiment.training.rate) for p in found}  # type: ignore[union-attr]
+    assert settings == {(rank, rate) for rank in ranks for rate in rates}
+    assert all(p.experiment.tunables.alpha == 2 * p.experiment.tunables.rank for p in found)  # type: ignore[union-attr]
+    assert len({p.name for p in found}) == len(ranks) * len(rates)
+    assert all(not p.experiment.sweep for p in found)
+    assert ex.parse_text(ex.dump(spec), "again", Path.cwd()) == spec
+
+
+def test_what_is_there_is_not_run_again_and_the_mean_is_of_all_seeds(tmp_path: Path) -> None:
+    first = small({"tunables.rank": (1, 2)}, seeds=[0, 1])
+    sweep.run(first, tmp_path / "s")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("seed-*/summary.json")}
+    assert len(before) == 4
+    notes = Notes()
+    more = small({"tunables.rank": (1, 2, 4)}, seeds=[0, 1])
+    total = sweep.run(more, tmp_path / "s", resume=True, listener=notes)
+    assert "4 of 6 runs are there already" in notes.said
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert list(total["parts"]) == ["rank=1", "rank=2", "rank=4"]
+    assert total["parts"]["rank=4"]["settings"] == {"tunables.rank": 4}
+    losses = [json.loads(path.read_text())["metrics"]["loss"]
+              for path in (tmp_path / "s" / "rank=4").rglob("summary.json")]  # fmt: skip
+    assert total["parts"]["rank=4"]["metrics"]["loss"]["mean"] == pytest.approx(sum(losses) / 2)
+    with pytest.raises(FedllmError, match="holds another experiment"):
+        sweep.run(more.replace(rounds=2), tmp_path / "s", resume=True)
+
+
+def test_side_by_side_gives_the_same_as_one_after_the_other(tmp_path: Path) -> None:
+    spec = small({"tunables.rank": (1, 2)})
+    alone = sweep.run(spec, tmp_path / "alone")
+    together = sweep.run(spec, tmp_path / "together", jobs=2)
+    for name, part in alone["parts"].items():
+        assert together["parts"][name]["metrics"] == part["metrics"]
+        model = Path(name, "seed-0", "adapter", "adapter_model.safetensors")
+        one, other = (tmp_path / f / model for f in ("alone", "together"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_sweep_over_strategies_has_each_ones_options(tmp_path: Path) -> None:
+    kinds = ({"kind": "parameters"}, {"kind": "activations", "cut": 1})
+    total = sweep.run(small({"strategy": kinds}), tmp_path / "s")
+    assert list(total["parts"]) == ["strategy=parameters", "strategy=activations"]
+    assert total["parts"]["strategy=activations"]["variant"] == "activations (sequential, cut 1)"
+
+
+@pytest.mark.parametrize(
+    ("axes", "reason"),
+    [
+        ([{"tunables.rnk": (1, 2)}], "rank"),
+        ([{"tunables.rank": ("many",)}], "tunables.rank"),
+        ([{"tunables.rank": (1,)}, {"tunables.rank": (2,)}], "in more than one"),
+        ([], "nothing is varied"),
+    ],
+)
+def test_what_cannot_be_varied_is_refused_before_anything_runs(
+    axes: Any, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(FedllmError, match=reason):
+        sweep.run(small(*axes), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_keys_that_go_together_need_as_many_values() -> None:
+    with pytest.raises(FedllmError, match="as many values each"):
+        small({"tunables.rank": (1, 2), "tunables.alpha": (1.0,)})
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("tunables.rank=2,8", {"tunables.rank": (2, 8)}),
+        ("model.name=a/b,c", {"model.name": ("a/b", "c")}),
+        ("strategy={kind='logits'}, {kind='parameters'}",
+         {"strategy": ({"kind": "logits"}, {"kind": "parameters"})}),
+    ],
+)  # fmt: skip
+def test_axes_from_the_command_line(text: str, found: Any) -> None:
+    assert ex.axis(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "a", "=1", "a="])
+def test_axes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(FedllmError, match="--sweep"):
+        ex.axis(text)
+
+
+def test_a_run_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    class Stop(Silent):
+        def round(self, entry: Any) -> None:
+            raise KeyboardInterrupt
+
+    spec = small({"tunables.rank": (1, 2)}).replace(rounds=2)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(spec, tmp_path / "cut", listener=Stop())
+    cut = sweep.run(spec, tmp_path / "cut", resume=True)
+    whole = federation.run(sweep.points(spec)[0].experiment, 0, tmp_path / "whole")
+    assert cut["parts"]["rank=1"]["metrics"]["loss"]["mean"] == whole["metrics"]["loss"]

@@ -195,12 +195,15 @@ def kind_of(schema: dict[str, Any]) -> str:
         return _choices(schema["enum"])
     if "const" in schema:
         return _choices([schema["const"]])
-    kind = schema["type"]
+    kind = schema.get("type", "any")
+    if kind == "any":
+        return "values"
     if kind == "array":
         inner = kind_of(schema["items"])
         return f"list of: {inner}"
     if kind == "object":
-        roles = _choices(schema["propertyNames"]["enum"])
+        names = schema.get("propertyNames", {}).get("enum")
+        roles = _choices(names) if names else "keys"
         return f"table from {roles} to {kind_of(schema['additionalProperties'])}"
     name = {"string": "string", "boolean": "true or false", "integer": "whole number",
             "number": "number"}[kind]  # fmt: skip

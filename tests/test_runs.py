@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict

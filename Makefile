@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench study clean
+.PHONY: demo test lint bench study results clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +28,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py --out benchmarks/RESULTS.md
 
 study: $(STAMP)
+	for grid in rank samples bounds public; do \
+	  $(BIN)/fedllm sweep experiments/study/$$grid.toml --out runs/study/$$grid --jobs 2 --resume \
+	  && $(BIN)/python scripts/study.py runs/study docs/study || exit 1; done
+
+results: $(STAMP)
 	$(BIN)/fedllm compare experiments/banking77-minilm.toml --out runs/banking77-minilm --resume
 	$(BIN)/fedllm compare experiments/shakespeare.toml --out runs/shakespeare --resume
 	$(BIN)/python benchmarks/plain_loop.py --accuracy --out benchmarks/QUALITY.md

@@ -19,7 +19,7 @@ MARK = "<!-- banking77 -->"
 BANKING = """Banking77 divided as in the paper's case study (5,002 public rows, 3 clients x 1,667,
 test 3,080), MiniLM (22.7 M, real weights), LoRA r = 8 on query and value; {what}, one core. Costs
 are per client and round; memory is the peak of live tensors. Made by
-`fedllm compare experiments/banking77-minilm.toml` (`make study` runs it). The rate was chosen
+`fedllm compare experiments/banking77-minilm.toml` (`make results` runs it). The rate was chosen
 on held-out training rows. Activations, with the sequential server, get three server steps
 for each step of the others; standalone-equal-steps gives each client alone as many steps as logits
 gave it."""

@@ -1,0 +1,345 @@
+"""
+The paper's case study from finished sweeps: figures 3 and 4, table I, and its seven trends.
+
+usage: python scripts/study.py runs/study docs/study
+
+Reads ``rank``, ``public``, ``samples`` and ``bounds`` in the first folder, as far as they are
+there (each is a run of ``fedllm sweep experiments/study/<name>.toml``), and writes README.md,
+pictures and a table into the second.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fedllm import experiment as ex
+from fedllm.compare import read
+from fedllm.errors import FedllmError
+from fedllm.report import tables
+
+GRIDS = {
+    "rank": ("tunables.rank", "LoRA rank", "parameters", "#4477aa"),
+    "public": ("public.size", "public rows", "logits", "#cc6677"),
+    "samples": ("simulation.examples", "training rows a client", "activations", "#228833"),
+}
+PAPER = {  # stars of table I: accuracy, communication (classification), client computation
+    "parameters": (5, 3, 4), "logits": (3, 2, 5), "activations": (4, 4, 3),
+}  # fmt: skip
+PAD = 80
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a grid: every seed's accuracy, and the costs of a client and round."""
+
+    value: int
+    scaled: bool
+    accuracies: tuple[float, ...]
+    up: float
+    down: float
+    flops: float
+    roles: dict[str, float]
+    seeds: tuple[int, ...]
+
+    @property
+    def accuracy(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def spread(self) -> float:
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+
+    @property
+    def bytes(self) -> float:
+        return self.up + self.down
+
+
+def points(folder: Path, key: str) -> list[Point]:
+    """The points of a sweep, as far as their runs are complete."""
+    found = []
+    for path in sorted(folder.glob("*=*")):
+        runs = [json.loads(one.read_text()) for one in sorted(path.glob("seed-*/summary.json"))]
+        if runs:
+            found.append(_point(path, runs, key))
+    return sorted(found, key=lambda p: (p.scaled, p.value))
+
+
+def _point(path: Path, runs: Sequence[dict[str, Any]], key: str) -> Point:
+    spec = ex.load(next(path.glob("seed-*/experiment.toml")))
+    section, _, name = key.partition(".")
+    value = int(getattr(getattr(spec, section), name))
+    rank, alpha = getattr(spec.tunables, "rank", 1), getattr(spec.tunables, "alpha", 1.0)
+    roles: dict[str, float] = {}
+    for run in runs:
+        clients = [cost for client, cost in run["costs"].items() if client != "server"]
+        for cost in clients:
+            for role, size in cost["payload_up"].items():
+                roles[role] = roles.get(role, 0) + size / len(clients) / run["rounds"] / len(runs)
+    mean = {name: statistics.fmean(run["per_client_round"][name] for run in runs)
+            for name in ("bytes_up", "bytes_down", "flops")}  # fmt: skip
+    return Point(
+        value, key == "tunables.rank" and rank != 8 and alpha == 4 * rank,
+        tuple(run["metrics"]["accuracy"] for run in runs),
+        mean["bytes_up"], mean["bytes_down"], mean["flops"], roles,
+        tuple(run["seed"] for run in runs),
+    )  # fmt: skip
+
+
+# trends -----------------------------------------------------------------------------------------
+
+
+def rises(listed: Sequence[Point]) -> tuple[bool, str]:
+    """Whether the mean accuracy rises from value to value."""
+    holds = all(a.accuracy < b.accuracy for a, b in itertools.pairwise(listed))
+    said = ", ".join(f"{p.value}: {p.accuracy:.1%} ± {p.spread:.1%}" for p in listed)
+    return holds, said
+
+
+def proportional(
+    listed: Sequence[Point], of: Callable[[Point], float], tolerance: float
+) -> tuple[bool, str]:
+    """Whether a cost grows like the value: cost / value the same everywhere, within tolerance."""
+    rates = [of(point) / point.value for point in listed]
+    worst = max(rates) / min(rates) - 1
+    return worst <= tolerance, f"cost / value differs by {worst:.1%} at most"
+
+
+def trends(found: dict[str, list[Point]]) -> list[tuple[str, str, str]]:
+    """The paper's seven trends: (what it says, holds or not, our numbers)."""
+    lines = []
+
+    def add(what: str, holds: bool, said: str) -> None:
+        lines.append((what, "holds" if holds else "**does not hold**", said))
+
+    rank = [p for p in found.get("rank", []) if not p.scaled]
+    scaled = [p for p in found.get("rank", []) if p.scaled or p.value == 8]
+    public, samples = found.get("public", []), found.get("samples", [])
+    if len(rank) > 1:
+        add("1. Parameters: accuracy rises with the rank (alpha fixed)", *rises(rank))
+    if len(scaled) > 1:
+        add("1b. The same with alpha/r fixed (ours)", *rises(sorted(scaled, key=lambda p: p.value)))
+    if len(public) > 1:
+        add("2. Logits: the server's accuracy rises with the public set", *rises(public))
+    if len(samples) > 1:
+        add("3. Activations: accuracy rises with the training rows", *rises(samples))
+    if rank and public and samples:
+        best = {"parameters": max(p.accuracy for p in rank),
+                "logits": max(p.accuracy for p in public),
+                "activations": max(p.accuracy for p in samples)}  # fmt: skip
+        said = ", ".join(f"{name} {value:.1%}" for name, value in best.items())
+        first = max(best, key=lambda name: best[name])
+        add("4. Parameters reach the highest accuracy", first == "parameters", said)
+    if len(rank) > 1:
+        lora = [(p.value, p.roles["parameter"]) for p in rank]
+        step = (lora[-1][1] - lora[0][1]) / (lora[-1][0] - lora[0][0])
+        head = lora[0][1] - step * lora[0][0]
+        exact = all(abs(size - head - step * value) < 1 for value, size in lora)
+        flat = max(p.flops for p in rank) / min(p.flops for p in rank) - 1
+        add(
+            "5. Parameters: bytes are proportional to the rank, computation nearly flat",
+            exact and flat < 0.25 and head == 0,
+            f"bytes are {step:,.0f} x r {'exactly ' if exact else ''}plus {head:,.0f} of the head, "
+            f"which the paper does not mention; FLOPs differ by {flat:.1%}",
+        )
+    if len(public) > 1:
+        sent, said = proportional(public, lambda p: p.roles["logit"], 0.001)
+        more = [p.flops for p in public]
+        private = more[0] - (more[-1] - more[0]) * public[0].value / (
+            public[-1].value - public[0].value
+        )
+        most = not (rank and samples) or more[-1] > max(p.flops for p in [*rank, *samples])
+        add(
+            "6. Logits: bytes and computation are proportional to the public set; the largest "
+            "computation",
+            sent and private < 0.05 * more[0] and most,
+            f"payload: {said}; FLOPs are {private / 1e9:,.0f} G of private training plus "
+            f"{(more[-1] - private) / public[-1].value / 1e6:,.0f} M a public row; the largest: "
+            f"{'yes' if most else 'no'} ({more[-1] / 1e9:,.0f} G)",
+        )
+    if len(samples) > 1:
+        sent, said = proportional(samples, lambda p: p.roles["activation"], 0.05)
+        work, other = proportional(samples, lambda p: p.flops, 0.05)
+        most = not (rank and public) or samples[-1].bytes > max(p.bytes for p in [*rank, *public])
+        add(
+            "7. Activations: bytes and computation are proportional to the training rows; the most "
+            "bytes",
+            sent and work and most,
+            f"payload: {said} (rows differ in length); FLOPs: {other}; the most bytes: "
+            f"{'yes' if most else 'no'} ({tables.size(samples[-1].bytes)})",
+        )
+    return lines
+
+
+# table I ----------------------------------------------------------------------------------------
+
+
+def stars(found: dict[str, list[Point]]) -> list[list[str]]:
+    """
+    Table I from measured values, at the largest public set and all training rows.
+
+    Accuracy: five for the best, one less for each 3 points begun behind it. Bytes: five for the
+    most, one less for each factor of 4 begun below. FLOPs: the same for each factor of 1.5.
+    """
+    chosen = {
+        "parameters": next(p for p in found["rank"] if p.value == 8),
+        "logits": found["public"][-1], "activations": found["samples"][-1],
+    }  # fmt: skip
+    best = max(p.accuracy for p in chosen.values())
+    most, work = (max(getattr(p, n) for p in chosen.values()) for n in ("bytes", "flops"))
+    lines = []
+    for name, p in chosen.items():
+        ours = (
+            5 - math.ceil((best - p.accuracy) / 0.03 - 1e-9),
+            5 - math.ceil(math.log(most / p.bytes, 4) - 1e-9),
+            5 - math.ceil(math.log(work / p.flops, 1.5) - 1e-9),
+        )
+        cells = [f"{max(o, 1)} ({t})" for o, t in zip(ours, PAPER[name], strict=True)]
+        measured = [f"{p.accuracy:.1%}", tables.size(p.bytes), f"{p.flops / 1e9:,.0f} G"]
+        lines.append([name, *(f"{c}: {m}" for c, m in zip(cells, measured, strict=True))])
+    return lines
+
+
+def break_even(found: dict[str, list[Point]]) -> str:
+    """Public rows below which logits send less than parameters, from the actual payload."""
+    logit = found["public"][-1]
+    row = logit.roles["logit"] / logit.value
+    said = ", ".join(
+        f"{p.roles['parameter'] / row:,.0f} at r = {p.value}" for p in found["rank"] if not p.scaled
+    )
+    return (
+        f"A public row costs {row:,.0f} bytes of logits. So logits send less than parameters (head "
+        f"included) only below this many public rows a round: {said}. That logits are always "
+        "cheapest for classification, as the paper says, does not hold."
+    )
+
+
+def padded(found: dict[str, list[Point]]) -> str:
+    """Activations as sent and as they would be with every row padded to 80."""
+    last = found["samples"][-1]
+    width = 384
+    whole = last.value * PAD * width * FLOAT
+    return (
+        f"Activations are sent without padding: {tables.size(last.roles['activation'])} up a "
+        f"client and round with {last.value} rows; padded to {PAD} tokens, as in the paper, it "
+        f"would be {tables.size(whole)}."
+    )
+
+
+# pictures and files -----------------------------------------------------------------------------
+
+
+def draw(found: dict[str, list[Point]], bounds: dict[str, float], folder: Path) -> None:
+    """Figures 3 (accuracy) and 4 (bytes and FLOPs of a client and round)."""
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    below = Figure(figsize=(11, 3.2), layout="constrained")
+    for place, (grid, (_, label, name, colour)) in enumerate(GRIDS.items(), 1):
+        axes, costs = figure.add_subplot(1, 3, place), below.add_subplot(1, 3, place)
+        listed = [p for p in found.get(grid, []) if not p.scaled]
+        for also in (False, True):
+            some = [p for p in found.get(grid, []) if p.scaled or (p.value == 8 and grid == "rank")]
+            some = sorted(some, key=lambda p: p.value) if also else listed
+            if len(some) > 1:
+                axes.errorbar(
+                    [p.value for p in some], [100 * p.accuracy for p in some],
+                    [100 * p.spread for p in some], color=colour, marker="o", capsize=3,
+                    linestyle=":" if also else "-", label="alpha/r fixed" if also else name,
+                )  # fmt: skip
+        for bound, value in bounds.items():
+            axes.axhline(100 * value, color="#888888", linestyle="--", linewidth=1)
+            axes.annotate(
+                bound, (0.02, 100 * value), xycoords=("axes fraction", "data"), fontsize=7
+            )
+        values = [p.value for p in listed]
+        costs.plot(values, [p.bytes / 1e6 for p in listed], color=colour, marker="o", label="MB")
+        costs.plot(values, [p.flops / 1e9 for p in listed], color=colour, marker="s",
+                   linestyle="--", label="GFLOP")  # fmt: skip
+        for one in (axes, costs):
+            one.set_xlabel(label)
+            one.set_title(name, fontsize=10)
+            one.grid(True, alpha=0.25)
+            one.spines[["top", "right"]].set_visible(False)
+        costs.set_yscale("log")
+        axes.set_ylabel("accuracy, %")
+        costs.set_ylabel("a client and round")
+        costs.legend(fontsize=8, frameon=False)
+    figure.savefig(folder / "accuracy.svg", metadata={"Date": None})
+    below.savefig(folder / "costs.svg", metadata={"Date": None})
+
+
+def write_csv(found: dict[str, list[Point]], folder: Path) -> None:
+    """Every point and seed, for whoever draws it otherwise."""
+    with (folder / "study.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["grid", "value", "alpha/r fixed", "seed", "accuracy", "bytes up",
+                         "bytes down", "client FLOPs"])  # fmt: skip
+        for grid, listed in found.items():
+            for p in listed:
+                for seed, accuracy in zip(p.seeds, p.accuracies, strict=True):
+                    writer.writerow([grid, p.value, p.scaled, seed, accuracy, round(p.up),
+                                     round(p.down), round(p.flops)])  # fmt: skip
+
+
+def page(found: dict[str, list[Point]], bounds: dict[str, float]) -> str:
+    """README.md of the study."""
+    seeds = {grid: sorted({s for p in listed for s in p.seeds}) for grid, listed in found.items()}
+    lines = [
+        "# The paper's case study, at CPU scale", "",
+        "Made by `make study` (`fedllm sweep experiments/study/<grid>.toml --jobs 2`, then",
+        "`scripts/study.py`): MiniLM (22.7 M, real weights), Banking77, three clients, LoRA on",
+        "query and value of the last two of six blocks, 8 rounds instead of 100. The same study at",
+        "the paper's own size is `experiments/paper/`. Costs are of a client and round, evaluation",
+        "left out; what lies below the trained blocks is computed once, and in the mean.", "",
+        "Complete runs: " + ", ".join(f"{grid} seeds {s}" for grid, s in seeds.items()) + ".", "",
+        "## Trends (catalogue row F-05)", "",
+        tables.markdown(["the paper", "here", "numbers"], trends(found)), "",
+        "![accuracy](accuracy.svg)", "", "![costs](costs.svg)", "",
+    ]  # fmt: skip
+    if bounds:
+        said = ", ".join(f"{name} {value:.1%}" for name, value in bounds.items())
+        lines += [f"Bounds with the same settings: {said}.", ""]
+    if all(found.get(grid) for grid in GRIDS):
+        header = ["", "accuracy: ours (paper)", "bytes", "client's FLOPs"]
+        rule = " ".join((stars.__doc__ or "").split("\n\n")[1].split())
+        lines += [
+            "## Table I, measured", "", tables.markdown(header, stars(found)), "",
+            f"Stars, more for more of it. Our rule: {rule} In brackets the paper's.", "",
+            "## Where the numbers contradict the paper", "", break_even(found), "",
+            padded(found), "",
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read what is there and write the pages."""
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    runs, out = Path(sys.argv[1]), Path(sys.argv[2])
+    found = {grid: points(runs / grid, key) for grid, (key, *_) in GRIDS.items()}
+    found = {grid: listed for grid, listed in found.items() if listed}
+    if not found:
+        raise FedllmError(f"{runs}: no finished runs here; 'make study' makes them")
+    bounds = {}
+    for path in (runs / "bounds").glob("strategy=*"):
+        values = [read(one.parent)["metrics"]["accuracy"] for one in path.glob("*/summary.json")]
+        if values:
+            bounds[path.name.partition("=")[2]] = statistics.fmean(values)
+    out.mkdir(parents=True, exist_ok=True)
+    draw(found, bounds, out)
+    write_csv(found, out)
+    (out / "README.md").write_text(page(found, bounds))
+
+
+if __name__ == "__main__":
+    main()

@@ -298,7 +298,7 @@ def page(found: dict[str, list[Point]], bounds: dict[str, float]) -> str:
         "# The paper's case study, at CPU scale", "",
         "Made by `make study` (`fedllm sweep experiments/study/<grid>.toml --jobs 2`, then",
         "`scripts/study.py`): MiniLM (22.7 M, real weights), Banking77, three clients, LoRA on",
-        "query and value of the last two of six blocks, 8 rounds instead of 100. The same study at",
+        "query and value of the last two of six blocks, 6 rounds instead of 100. The same study at",
         "the paper's own size is `experiments/paper/`. Costs are of a client and round, evaluation",
         "left out; what lies below the trained blocks is computed once, and in the mean.", "",
         "Complete runs: " + ", ".join(f"{grid} seeds {s}" for grid, s in seeds.items()) + ".", "",

@@ -42,6 +42,7 @@ what a file would do. [Across machines](across-machines.md) all of it holds but 
 Rules between keys:
 
 - `simulation.sizes` has one number for each of `simulation.clients`.
+- `plan.sites` count as many clients as `simulation.clients`.
 - `exchange.clients_per_round` is at most `simulation.clients`.
 - `data.prompt` and `data.response` go together.
 - `tunables.head` other than `shared` is for classification only.
@@ -173,6 +174,30 @@ MEANING = {
     "simulation.cohort": "most clients that train side by side in one pass over the base; without "
                          "it as many as memory allows, at most 256 (another number rounds "
                          "differently)",
+    "plan.rows": "training rows of each client",
+    "plan.tokens": "mean tokens of a row, private and public",
+    "plan.targets": "mean predicted tokens of a row (generation); without it all but the first",
+    "plan.public_rows": "rows of the public set",
+    "plan.public_tokens": "mean tokens of a public row",
+    "plan.labels": "number of labels",
+    "plan.ranks": "sizes of the tunables that the advisor tries (rank, width or tokens); empty: "
+                  "2, 4, 8, 16, 32 and the file's",
+    "plan.cuts": "cuts that it tries; empty: after one block and at the quarters",
+    "plan.public_sizes": "public rows a round that it tries; empty: a tenth, half, all",
+    "plan.sites": "clients that are alike; together as many as `simulation.clients`",
+    "plan.server": "the server",
+    "plan.sites.name": "what a plan calls them",
+    "plan.sites.count": "how many there are",
+    "plan.sites.rows": "training rows of each, where not `plan.rows`",
+    "plan.sites.flops": "operations a second in training",
+    "plan.sites.memory": "bytes of memory; without it memory is no limit",
+    "plan.sites.up": "bytes a second to the server",
+    "plan.sites.down": "bytes a second from the server",
+    "plan.sites.latency": "seconds on the way of every message, each way",
+    "plan.server.flops": "operations a second in training",
+    "plan.server.memory": "bytes of memory; without it memory is no limit",
+    "plan.server.up": "bytes a second to all clients together; without it no limit",
+    "plan.server.down": "bytes a second from all clients together; without it no limit",
     "compare.strategies": "which strategies run",
     "compare.bounds": "which bounds run",
     "compare.parameters": "options as in `[strategy]` with this kind",
@@ -290,6 +315,10 @@ def page() -> str:
             continue
         model = options[0]
         lines += [_prose(model), "", *_table(model, f"{name}.")]
+        if name == "plan":
+            for key, inside in (("[plan.sites]", ex.PlanSite), ("plan.server", ex.PlanServer)):
+                lines += [f"### [{key}]", "", _prose(inside), ""]
+                lines += _table(inside, f"{key.strip('[]')}.")
         for key, field in model.model_fields.items():
             inner = _options(field.annotation)
             if len(inner) > 1:

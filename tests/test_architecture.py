@@ -49,8 +49,10 @@ ALLOWED = {
     "compare": FEDERATION,
     "sweep": FEDERATION | {"compare"},
     "predict": FEDERATION,
-    "report": FEDERATION,
-    "cli": FEDERATION | {"predict", "operate", "engine", "rehearse"},
+    "report": FEDERATION | {"plan", "advise"},
+    "plan": ROUND | {"federation"},
+    "advise": FEDERATION | {"plan"},
+    "cli": FEDERATION | {"predict", "operate", "engine", "rehearse", "plan", "advise", "sweep"},
     "__init__": {"errors"},
 }
 

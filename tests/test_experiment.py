@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 import fedllm
 from fedllm import experiment as ex
+from fedllm import federation, sweep
 from fedllm.errors import FedllmError
 from shared import ROOT, needs_shared
 
-SHIPPED = sorted((ROOT / "experiments").rglob("*.toml"))
+SHIPPED = sorted((ROOT / "experiments").glob("*.toml"))
+STUDY = sorted((ROOT / "experiments").glob("*/*.toml"))
 DEMO = Path(fedllm.__file__).parent / "demo.toml"
 
 
@@ -91,7 +93,7 @@ def test_the_name_is_the_files() -> None:
     assert ex.load(DEMO).name == "demo"
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*SHIPPED, *STUDY], ids=lambda path: path.stem)
 def test_shipped_files_state_rounds_and_seeds_on_lines_of_their_own(path: Path) -> None:
     ex.load(path)
     lines = path.read_text().splitlines()
@@ -122,3 +124,21 @@ def test_every_shipped_file_runs_shrunken(path: Path, tmp_path: Path) -> None:
     header, lines = tables.rows(summary)
     assert all(len(line) == len(header) for line in lines)
     assert "<svg" in page.write(tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize("path", STUDY, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_studys_files_are_sweeps(path: Path) -> None:
+    spec = ex.load(path)
+    assert spec.seeds == (0, 1, 42)
+    points = sweep.points(spec)
+    assert len(points) == len({point.name for point in points}) >= 2
+
+
+@needs_shared
+@pytest.mark.parametrize("path", [p for p in STUDY if p.parent.name == "study"],
+                         ids=lambda path: path.stem)  # fmt: skip
+def test_the_studys_files_run_shrunken(path: Path, tmp_path: Path) -> None:
+    few = {"rounds": 1, "public.size": 12, "simulation.examples": 16,
+           "simulation.test_examples": 20}  # fmt: skip
+    spec = ex.vary(sweep.points(ex.load(path))[-1].experiment, few)
+    assert federation.run(spec, 0, tmp_path / path.stem)["metrics"]["units"]

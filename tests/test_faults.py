@@ -229,13 +229,20 @@ LIES: dict[str, tuple[str, Any, str]] = {
     "an infinite weight": ("parameters", lambda m: m.facts.update(weight=math.inf), "'weight'"),
     "a weight below 0": ("parameters", lambda m: m.facts.update(weight=-5.0), "more than 0"),
     "no weight": ("logits", lambda m: m.facts.pop("weight"), "said None for 'weight'"),
-    "no number": ("logits", lambda m: m.facts.update(loss="low"), "said 'low' for 'loss'"),
+    "no number": ("logits", lambda m: m.facts.update(loss="low"), "said low for 'loss'"),
     "a cost of nothing": ("parameters", lambda m: m.facts.update({"cost.a": 1}), "costs"),
     "a cost unheard of": ("parameters", lambda m: m.facts.update({"cost.a.gold": 1}), "costs"),
     "a cost below 0": ("parameters", lambda m: m.facts.update({"cost.a.flops": -1}), "costs"),
     "another name": ("parameters", lambda m: rename(m, "other"), "other names"),
     "another shape": ("parameters", lambda m: reshape(m), "with shape"),
     "eight bits": ("parameters", lambda m: cast(m, torch.float8_e4m3fn), "float8"),
+    "sixteen bits": ("parameters", lambda m: cast(m, torch.float16), "float16"),
+    "a number beyond all": ("parameters", lambda m: m.facts.update(loss=10**400), "'loss'"),
+    "a cost beyond all": ("parameters", lambda m: m.facts.update({"cost.a.flops": 10**99}), "cost"),
+    "whole activations": ("activations", lambda m: cast(m, torch.int32), "as torch.int32"),
+    "activations in 64 bits": ("activations", lambda m: cast(m, torch.float64), "as torch.float64"),
+    "batches below none": ("activations", lambda m: m.facts.update(left=-1), "number of batches"),
+    "too many rows": ("activations", lambda m: more_rows(m), "rows, a batch has"),
     "too few logits": ("logits", lambda m: reshape(m), "with shape"),
     "no activations": ("activations", lambda m: rename(m, "other"), "not ["),
     "endless rows": ("activations", lambda m: m.tensors["lengths"].fill_(2**30), "is longer than"),
@@ -260,6 +267,10 @@ def reshape(message: Message) -> None:
 def cast(message: Message, dtype: torch.dtype) -> None:
     first = min(message.tensors)
     message.tensors[first] = message.tensors[first].to(dtype)
+
+
+def more_rows(message: Message) -> None:
+    message.tensors["lengths"] = torch.ones(1000, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -305,6 +316,12 @@ def test_a_client_trains_its_tunables_and_nothing_else() -> None:
             (reply,) = built.worker.handle({"client-1": message}).values()
             assert isinstance(reply, Failure)
             assert "none of this experiment's tunables" in reply.reason
+    hidden = Message(
+        "a1", "train", {name: larger}, {name: Role.INDEX}, {}, "client-1", "2",
+        run=built.worker.run, base=built.worker.base,
+    )  # fmt: skip
+    (reply,) = built.worker.handle({"client-1": hidden}).values()
+    assert isinstance(reply, Failure)
 
 
 @pytest.mark.parametrize("change", [

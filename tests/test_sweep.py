@@ -139,3 +139,48 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     cut = sweep.run(spec, tmp_path / "cut", resume=True)
     whole = federation.run(sweep.points(spec)[0].experiment, 0, tmp_path / "whole")
     assert cut["parts"]["rank=1"]["metrics"]["loss"]["mean"] == whole["metrics"]["loss"]
+
+
+def test_points_that_would_have_one_name_have_two(tmp_path: Path) -> None:
+    kinds = tuple({"kind": "lora", "rank": rank} for rank in (2, 8))
+    names = [point.name for point in sweep.points(small({"tunables": kinds}))]
+    assert len(set(names)) == 2
+    folders = ({f"{folder}/t.csv" for folder in ("p1", "p2")},)
+    axis = {"simulation.source": tuple(sorted(folders[0]))}
+    assert len({point.name for point in sweep.points(small(axis))}) == 2
+    long = {"simulation.sizes": (tuple(range(8, 108)),), "simulation.clients": (100,)}
+    (point,) = sweep.points(small(long).replace(simulation=ex.Simulation()))
+    assert len(point.name) < 120
+
+
+def test_a_kind_comes_before_its_options_whatever_the_order() -> None:
+    spec = small({"strategy.cut": (1, 2), "strategy.kind": ("activations", "activations")})
+    assert [point.experiment.strategy.cut for point in sweep.points(spec)] == [1, 2]  # type: ignore[union-attr]
+    values = ["strategy.cut=2", "strategy.kind=activations"]
+    assert ex.parse({}, "test", Path.cwd(), values).strategy.cut == 2  # type: ignore[union-attr]
+
+
+def test_anothers_results_are_not_passed_off_as_ones_own(tmp_path: Path) -> None:
+    spec = small({"tunables.rank": (1,)})
+    sweep.run(spec, tmp_path / "s")
+    (tmp_path / "s" / "rank=1").rename(tmp_path / "s" / "rank=2")
+    with pytest.raises(FedllmError, match="has other settings than rank=2"):
+        sweep.run(small({"tunables.rank": (2,)}), tmp_path / "s", resume=True)
+
+
+def test_what_only_building_finds_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    cuts = tuple({"kind": "activations", "cut": cut} for cut in (1, 9))
+    with pytest.raises(FedllmError, match=r"strategy.cut = 9"):
+        sweep.run(small({"strategy": cuts}), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_first_failure_ends_the_others(tmp_path: Path) -> None:
+    missing = str(tmp_path / "gone.csv")
+    tasks = [
+        (small().replace(simulation=ex.Simulation(source=missing)), 0, tmp_path / "a" / "seed-0"),
+        *((small().replace(rounds=50), seed, tmp_path / "b" / f"seed-{seed}") for seed in (1, 2)),
+    ]
+    with pytest.raises(FedllmError, match=r"gone\.csv"):
+        sweep._side_by_side(tasks, 2, Notes())
+    assert not list(tmp_path.rglob("summary.json"))

@@ -165,13 +165,72 @@ def check(file: File, set_: Set = None) -> None:
 
 
 @app.command()
-def report(folder: RunFolder) -> None:
-    """Draw the report of a finished run or comparison again."""
-    from fedllm.compare import read
-    from fedllm.report import page, tables
+def plan(
+    file: File, set_: Set = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option("--limit", metavar="COST=MOST", help="E.g. bytes=50MB, labels=stay."),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="KIND", help="table, md or json.")
+    ] = "table",
+) -> None:  # fmt: skip
+    """Foresee the costs of all three strategies without weights; with limits, say what fits."""
+    from fedllm import experiment
+    from fedllm.advise import advise, parse
+    from fedllm.plan import look
+    from fedllm.report import plan as report
 
-    tables.show(read(folder))
-    typer.echo(f"report: {page.write(folder)}")
+    limits = parse(limit) if limit else None
+    report.known(form)
+    spec = experiment.load(file, set_ or ())
+    found = look(spec)
+    advice = None if limits is None else advise(spec, limits)
+    if form == "table":
+        report.show(found, advice)
+    else:
+        typer.echo(report.text(found, advice, form))
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, comparisons, sweeps.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where the report goes.")
+    ] = None,
+    kind: Annotated[
+        str, typer.Option("--format", metavar="KIND", help="html, md, csv, json or png.")
+    ] = "html",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", metavar="COST=LIMIT", help="Best quality, e.g. bytes=10MB."),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", metavar="METRIC=VALUE", help="Cost of it, e.g. accuracy=0.8."),
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="One table even where data, split or rounds differ.")
+    ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Draw again at each committed round, until the last.")
+    ] = False,
+    to: Annotated[
+        list[str] | None,
+        typer.Option("--to", metavar="SINK", help="Also tensorboard[=DIR] or mlflow[=URI]."),
+    ] = None,
+) -> None:  # fmt: skip
+    """Draw the report of finished runs, side by side, or of one that still goes on."""
+    from fedllm.report import drawing, tables
+
+    asked = drawing.asked(folders, out, kind, budget or (), target or (), anyway)
+    found = drawing.watched(asked, to or (), typer.echo, watch)
+    tables.show(found.summary)
+    for table in asked.tables(found):
+        tables.show_table(table)
+    typer.echo(f"report: {asked.target}")
 
 
 @app.command()

@@ -6,15 +6,28 @@ Units: bytes of payload (tensor data, no headers), FLOPs, rows.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, pairwise
+from types import SimpleNamespace
+from typing import Any
 
 from fedllm import experiment as ex
-from fedllm.models.loading import LanguageModel
+from fedllm.message import Fact, Message, pack
+from fedllm.models.core import Core, Part
+from fedllm.models.flops import FlopCounter, count
+from fedllm.models.loading import LanguageModel, load, load_config
+from fedllm.models.tunables import blocks_of
 
 FLOAT = 4
 INT = 4
+SHARE = {"none": 1.0, "fp16": 0.5}  # bytes behind a codec, of those before it
+Roles = dict[str, int]
+"""Bytes by the role of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +92,76 @@ def activations_payload(
     client_half: bytes of the client's tunables.  averages: how often they are averaged a round.
     uploads: how many of these this client had a batch for (None: all).
     """
+    up, down = activations_roles(model, options, client, epochs, client_half, averages, uploads)
+    return sum(up.values()), sum(down.values())
+
+
+def activations_roles(
+    model: LanguageModel,
+    options: ex.Activations,
+    client: ClientSize,
+    epochs: int,
+    client_half: int,
+    averages: int = 1,
+    uploads: int | None = None,
+) -> tuple[Roles, Roles]:
+    """``activations_payload``, by the role of the tensors."""
     prompt = getattr(model.spec, "tokens", 0) if model.spec.kind == "prompt" else 0
     tokens = (client.tokens + prompt * client.rows) * epochs
     hidden = tokens * model.width * FLOAT
     home = options.labels == "client"
-    labels = 0
-    if not home:
-        per_pass = client.rows if model.classification else client.tokens
-        labels = per_pass * epochs * INT
-    crossings = 2 if home else 1
-    up = crossings * hidden + client.rows * epochs * INT + labels
-    up += (averages if uploads is None else uploads) * client_half
-    return up, crossings * hidden + averages * client_half
+    per_pass = client.rows if model.classification else client.tokens
+    up = {
+        "activation": hidden, "gradient": hidden if home else 0,
+        "mask": client.rows * epochs * INT, "label": 0 if home else per_pass * epochs * INT,
+        "parameter": (averages if uploads is None else uploads) * client_half,
+    }  # fmt: skip
+    down = {
+        "activation": hidden if home else 0, "gradient": hidden,
+        "parameter": averages * client_half,
+    }  # fmt: skip
+    return up, down
+
+
+def coded(roles: Roles, codecs: Mapping[str, str]) -> int:
+    """Bytes of these roles behind the codecs; one that is not known here is taken for none."""
+    return round(sum(n * SHARE.get(codecs.get(role, "none"), 1.0) for role, n in roles.items()))
+
+
+def header(
+    sent: Mapping[str, Sequence[int]], role: str = "", step: str = "a1", task: str = "",
+    facts: dict[str, Fact] | None = None, run: str = "", client: str = "",
+) -> int:  # fmt: skip
+    """
+    Bytes of a frame that are no tensor data: names, shapes and facts, and who speaks.
+
+    sent: shapes of four-byte tensors by name, all of one role.
+    """
+    message = Message(
+        step, task, {}, {}, facts or {}, client, "1.1.10", 1, run, 1, "0" * 16
+    )  # fmt: skip
+    bare = len(pack(message))
+    roles = sum(len(f'"{name}":"{role}",') for name in sent) - bool(sent)
+    shapes, end = 0, 0
+    for name, shape in sent.items():
+        begin, end = end, end + math.prod(shape) * FLOAT
+        listed = ",".join(map(str, shape))
+        place = f'{{"dtype":"F32","shape":[{listed}],"data_offsets":[{begin},{end}]}}'
+        shapes += len(f'"{name}":{place},')
+    shapes = max(shapes - 1, 0)
+    digits = len(str(end)) - 1
+    return bare + roles + digits + -(-(shapes + 2) // 8) * 8 - 8
+
+
+def break_even(model: LanguageModel, tokens: float = 1.0) -> float:
+    """
+    Public rows a round below which logits send less than parameters, both directions together.
+
+    Units of ``tokens`` predicted positions a row (classification: 1). The head is included, where
+    it travels.
+    """
+    row = 2 * tokens * model.outputs * FLOAT + 2 * INT
+    return sum(parameters_payload(model)) / row
 
 
 def batches(rows: int, size: int) -> int:
@@ -109,3 +180,140 @@ def disk(model: LanguageModel, spec: ex.Strategy, clients: int) -> int:
     kept = {"parameters": 1, "logits": clients + 1, "activations": 3 + clients,
             "standalone": 3 * clients, "centralized": 3}[spec.kind]  # fmt: skip
     return 2 * kept * own + own + 200_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring blocks that cost the same: how many, and whether they hold tunables."""
+
+    blocks: int
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Small:
+    """
+    A model with fewer blocks, one term of a sum that stands for the whole one.
+
+    cut, begin: where the whole one's lie in it.
+    """
+
+    factor: int
+    model: LanguageModel
+    cut: int
+    begin: int
+
+    def part(self, part: Part) -> Core:
+        """One side, as ``LanguageModel.part``; blocks below ``begin`` count as run before."""
+        return self.model.part(part, self.cut, self.begin)
+
+
+class Blueprint:
+    """
+    A model from its configuration alone, on torch's meta device, and small versions of it.
+
+    Whatever costs add up to block by block (FLOPs, bytes of weights and of what a pass keeps) is
+    linear in the length of each run of equal blocks. So it is found out on models whose runs are
+    short, and extended.
+    """
+
+    def __init__(self, model: ex.Model, task: ex.Task, tunables: ex.Tunables, labels: int) -> None:
+        """Raises FedllmError where there is no such model, or the tunables do not fit it."""
+        self.spec, self.task, self.tunables, self.labels = model, task, tunables, labels
+        self.whole = load(model, task, tunables, labels, 0, meta=True)
+        self._config = load_config(model)
+        self._small: dict[tuple[Run, ...], LanguageModel] = {}
+        self._flops: dict[int, dict[tuple[object, ...], int]] = {}
+
+    @cached_property
+    def trained(self) -> frozenset[int]:
+        """Numbers of the blocks that tunables are put into."""
+        if isinstance(self.tunables, ex.Lora | ex.Adapter):
+            return frozenset(blocks_of(self.tunables, SimpleNamespace(config=self._config)))
+        return frozenset(range(self.whole.blocks))
+
+    def small(self, part: Part, cut: int = 0, begin: int = 0, more: int = 0) -> list[Small]:
+        """
+        Models whose costs of this part, times their factors, sum up to the whole one's.
+
+        more: blocks that each run keeps beyond the fewest, where neighbours matter.
+        """
+        marks = sorted({0, begin, cut, self.whole.blocks})
+        pieces = [
+            (low, Run(len(list(same)), held))
+            for low, high in pairwise(marks)
+            for held, same in groupby(range(low, high), self.trained.__contains__)
+        ]
+        runs = [run for _, run in pieces]
+        # the last block is one of a kind, and so may the first trained one be
+        short = [min(run.blocks, 1 + (run is runs[-1]) + more) for run in runs]
+        mine = [
+            i for i, (low, _) in enumerate(pieces)
+            if part == "whole" or (part != "tail" and (low < cut) == (part == "client"))
+        ]  # fmt: skip
+        spare = {i: runs[i].blocks - short[i] for i in mine if runs[i].blocks > short[i]}
+        found = [self._one(1 - sum(spare.values()), pieces, short, cut, begin)]
+        for i, factor in spare.items():
+            longer = [n + (j == i) for j, n in enumerate(short)]
+            found.append(self._one(factor, pieces, longer, cut, begin))
+        return [one for one in found if one.factor]
+
+    def _one(
+        self, factor: int, pieces: Sequence[tuple[int, Run]], sizes: Sequence[int], cut: int,
+        begin: int,
+    ) -> Small:  # fmt: skip
+        """The term with runs of these lengths."""
+        kept = tuple(Run(n, run.trained) for n, (_, run) in zip(sizes, pieces, strict=True))
+
+        def place(mark: int) -> int:
+            return sum(n for n, (low, _) in zip(sizes, pieces, strict=True) if low < mark)
+
+        return Small(factor, self._model(kept), place(cut), place(begin))
+
+    def _model(self, runs: tuple[Run, ...]) -> LanguageModel:
+        """A model of these runs; as many blocks and the same ones trained: the same model."""
+        joined = tuple(
+            Run(sum(run.blocks for run in same), held)
+            for held, same in ((h, list(g)) for h, g in groupby(runs, lambda run: run.trained))
+        )
+        if joined not in self._small:
+            self._small[joined] = self._load(joined)
+        return self._small[joined]
+
+    def _load(self, runs: tuple[Run, ...]) -> LanguageModel:
+        spec: Any = self.tunables
+        flat = [run.trained for run in runs for _ in range(run.blocks)]
+        if getattr(spec, "layers", ()):
+            spec = spec.model_copy(update={"layers": tuple(i for i, t in enumerate(flat) if t)})
+        config = copy.deepcopy(self._config)
+        kinds = getattr(config, "layer_types", None)
+        config.num_hidden_layers = len(flat)
+        if kinds:
+            config.layer_types = list(kinds)[: len(flat)]
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            return load(self.spec, self.task, spec, self.labels, 0, folder, meta=True)
+
+    def flops(
+        self, part: Part, length: int, backward: bool, cut: int = 0, begin: int = 0,
+        selected: int = 0, input_grad: bool = False, once: bool = False,
+    ) -> int:  # fmt: skip
+        """
+        FLOPs of a row of ``length`` tokens with so many token logits in this part.
+
+        once: count this length; else it follows from four others, good for all lengths.
+        """
+        total = 0
+        for one in self.small(part, cut, begin):
+            core, trained = one.part(part), frozenset(one.model.initial)
+            cache = self._flops.setdefault(id(one.model), {})
+            if once:  # under the counter's own key
+                key = (core.key, length, selected, backward, input_grad)
+                if key not in cache:
+                    cache[key] = count(core, trained, length, 1, selected, backward, input_grad)
+                found = cache[key]
+            else:
+                counter = FlopCounter(core, trained, cache)
+                found = counter([(1, length)], selected, backward, input_grad)
+            total += one.factor * found
+        return total

@@ -333,6 +333,52 @@ Axis = dict[str, tuple[Any, ...]]
 """Keys of an experiment (dotted) that change together, and the values of each."""
 
 
+class PlanSite(Section):
+    """
+    Clients that are alike, for ``fedllm plan``: ``count`` of them, each with these means.
+
+    flops: operations a second.  memory: bytes.  up, down: bytes a second.  latency: seconds that
+    a message takes however short it is.
+    """
+
+    name: str = "site"
+    count: Positive = 1
+    rows: Positive | None = None
+    flops: Rate = 1e11
+    memory: Rate | None = None
+    up: Rate = 2.5e6
+    down: Rate = 1.25e7
+    latency: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
+
+
+class PlanServer(Section):
+    """The server, for ``fedllm plan``. Its links are shared by all clients of a round."""
+
+    flops: Rate = 1e13
+    memory: Rate | None = None
+    up: Rate | None = None
+    down: Rate | None = None
+
+
+class Plan(Section):
+    """
+    What ``fedllm plan`` assumes: sizes that it then need not read from the data, machines and
+    links, and what its advisor tries. No run looks at it.
+    """
+
+    rows: Positive | None = None
+    tokens: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    targets: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    public_rows: Count | None = None
+    public_tokens: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    labels: Annotated[int, Field(ge=2)] | None = None
+    ranks: tuple[Positive, ...] = ()
+    cuts: tuple[Positive, ...] = ()
+    public_sizes: tuple[Positive, ...] = ()
+    sites: tuple[PlanSite, ...] = ()
+    server: PlanServer = PlanServer()
+
+
 class Experiment(Section):
     """The whole file. Paths in it are already resolved against the file's folder."""
 
@@ -351,10 +397,17 @@ class Experiment(Section):
     simulation: Simulation = Simulation()
     compare: Compare = Compare()
     sweep: tuple[Axis, ...] = ()
+    plan: Plan = Plan()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         sizes = self.simulation.sizes
+        planned = sum(site.count for site in self.plan.sites)
+        if planned and planned != self.simulation.clients:
+            raise ValueError(
+                f"plan.sites: they count {planned} clients, simulation.clients is "
+                f"{self.simulation.clients}; expected the same number"
+            )
         if sizes and len(sizes) != self.simulation.clients:
             raise ValueError(
                 f"simulation.sizes: {len(sizes)} sizes for {self.simulation.clients} clients"
@@ -556,18 +609,19 @@ def _checked(kind: type[T], values: dict[str, Any], path: Path) -> T:
 
 
 def parse(
-    values: dict[str, Any], origin: str, folder: Path, overrides: Sequence[str] = (),
+    values: dict[str, Any], origin: str, folder: Path | None, overrides: Sequence[str] = (),
     foreign: bool = False,
 ) -> Experiment:  # fmt: skip
-    """Check a dictionary as ``load`` does; ``origin`` is what errors name."""
-    for override in overrides:
+    """
+    Check a dictionary as ``load`` does; ``origin`` is what errors name.
+
+    folder: that relative paths are of; None: there are none any more.
+    """
+    for override in sorted(overrides, key=lambda one: not one.partition("=")[0].endswith("kind")):
         _override(values, override)
     values = values if foreign else _expand(values, origin)
-    for section, key in PATHS:
-        _resolve(values.get(section), key, folder)
-    for strategy in (values.get("strategy"), (values.get("compare") or {}).get("logits")):
-        if isinstance(strategy, dict) and isinstance(strategy.get("client_models"), list):
-            strategy["client_models"] = [_path(item, folder) for item in strategy["client_models"]]
+    if folder is not None:
+        _resolve_all(values, folder)
     for section in ("tunables", "strategy"):
         if isinstance(values.get(section), dict):
             default = {"tunables": "lora", "strategy": "parameters"}[section]
@@ -609,9 +663,9 @@ def vary(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
     Raises FedllmError naming the key that there is not, or the value that does not fit.
     """
     values = experiment.model_dump(mode="json", exclude_none=True)
-    for key, value in settings.items():
-        _set(values, key, value, f"sweep {key}")
-    return parse(values, "sweep", Path.cwd(), foreign=True)
+    for key, value in sorted(settings.items(), key=lambda one: not one[0].endswith("kind")):
+        _set(values, key, value, f"sweep {key}", here=False)
+    return parse(values, "sweep", None, foreign=True)
 
 
 def dump(experiment: Experiment) -> str:
@@ -666,6 +720,22 @@ def _path(text: str, folder: Path) -> str:
     return str(candidate.resolve()) if looks_local or candidate.exists() else text
 
 
+def _resolve_all(values: dict[str, Any], folder: Path) -> None:
+    """Every path of an experiment, also those that a sweep sets."""
+    for section, key in PATHS:
+        _resolve(values.get(section), key, folder)
+        for axis in values.get("sweep") or ():
+            name = f"{section}.{key}"
+            if isinstance(axis, dict) and isinstance(axis.get(name), list | tuple):
+                axis[name] = [
+                    _path(value, folder) if isinstance(value, str) and value != "builtin" else value
+                    for value in axis[name]
+                ]
+    for strategy in (values.get("strategy"), (values.get("compare") or {}).get("logits")):
+        if isinstance(strategy, dict) and isinstance(strategy.get("client_models"), list):
+            strategy["client_models"] = [_path(item, folder) for item in strategy["client_models"]]
+
+
 def _resolve(section: Any, key: str, folder: Path) -> None:
     if isinstance(section, dict) and isinstance(section.get(key), str):
         section[key] = section[key] if section[key] == "builtin" else _path(section[key], folder)
@@ -679,14 +749,14 @@ def _override(values: dict[str, Any], override: str) -> None:
     _set(values, key.strip(), value, f"--set {override}")
 
 
-def _set(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
+def _set(values: dict[str, Any], key: str, value: Any, origin: str, here: bool = True) -> None:
     *sections, last = key.split(".")
     table = values
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise FedllmError(f"{origin}: {section!r} is not a section")
-    if (*sections, last) in PATHS and isinstance(value, str) and value != "builtin":
+    if here and (*sections, last) in PATHS and isinstance(value, str) and value != "builtin":
         value = _path(value, Path.cwd())
     if last == "kind" and table.get("kind") != value:
         table.clear()  # another kind has other keys; those of the old one would be refused

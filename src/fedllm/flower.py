@@ -142,8 +142,8 @@ def server_app(file: Path) -> ServerApp:
                 _over_sessions(grid, federation, keys, run)
             else:
                 _over_messages(grid, federation, keys, run)
-        except FedllmError as error:
-            ended["error"] = str(error)
+        except BaseException as error:
+            ended["error"] = str(error) or type(error).__name__
             raise
         finally:
             write_json(folder / ENDED, ended)
@@ -254,13 +254,15 @@ def client_app() -> ClientApp:
         order = content(message)
         with discreet(site.name):
             half = hosted(order, site, folder)
-            if "state" in order:
-                half.welcomed(order)
-            else:
-                half.go_on()
-            answer = half.answer(order["frame"])
-            half.pause()
-            half.sent(answer)
+            begun = str(order["begun"])
+            with half.alone():  # an earlier message may have outlived its deadline
+                if "state" in order:
+                    half.welcomed(order)
+                else:
+                    half.go_on(begun)
+                answer = half.answer(order["frame"])
+                half.pause(begun)
+                half.sent(answer)
         return reply(message, {"frame": answer})
 
     return app

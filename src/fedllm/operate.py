@@ -94,6 +94,10 @@ def sign(folder: Path, asked: Path, again: bool = False) -> tuple[str, Path]:
     except OSError as error:
         raise FedllmError(f"{error.filename}: cannot be read ({error.strerror})") from None
     path = asked.with_name("certificate.pem")
+    if asked.resolve().parent == folder.resolve():
+        raise FedllmError(
+            f"{asked}: lies in the server's own folder, whose certificate the site's would replace"
+        )
     certificate = issue(own, data)
     name = name_of(certificate)
     if not re.fullmatch(ex.SITE_NAME, name) or name == "server":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedllm import experiment as ex
@@ -55,21 +58,33 @@ class Hosted:
             half.model.base_hash, prepared.labels, federation.copied(experiment, prepared)
         )
 
-    def go_on(self) -> None:
-        """Take the round up where the process before this one left it (``pause``)."""
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process of this site works on this run."""
+        self._paused.parent.mkdir(parents=True, exist_ok=True)
+        with self._paused.with_name("lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
+            yield
+
+    def go_on(self, begun: str = "") -> None:
+        """
+        Take the round up where the process before this one left it (``pause``).
+
+        begun: the word of the server that asks. Raises FedllmError where there is nothing to go
+        on from, or another server left it there.
+        """
         try:
             standing = json.loads(self._paused.read_text())
             states.verify(self._states, [*standing["now"].values(), *standing["then"].values()])
-        except FileNotFoundError:
-            return
         except (OSError, ValueError, KeyError) as error:
             raise FedllmError(f"{self._paused}: cannot be read ({error})") from None
+        if standing["begun"] != begun:
+            raise FedllmError(f"{self._paused}: of a server that began at another time")
         self._worker.stand(standing)
 
-    def pause(self) -> None:
+    def pause(self, begun: str = "") -> None:
         """Write down what the next process needs to go on."""
-        self._paused.parent.mkdir(parents=True, exist_ok=True)
-        federation.write_json(self._paused, self._worker.standing())
+        federation.write_json(self._paused, {**self._worker.standing(), "begun": begun})
 
     def welcomed(self, facts: Facts) -> None:
         """Go back to the state of the last committed round, as the server says."""

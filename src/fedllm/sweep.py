@@ -7,12 +7,15 @@ an interrupted sweep goes on where it was, and one with more values runs only wh
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from fedllm import federation
 from fedllm.compare import joined, read
 from fedllm.errors import FedllmError
 from fedllm.federation import Listener, Silent
+
+LONGEST = 100  # letters of a point's name, which is a folder's
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ def points(experiment: ex.Experiment) -> list[Point]:
     axes = [[dict(zip(axis, values, strict=True)) for values in zip(*axis.values(), strict=True)]
             for axis in experiment.sweep]  # fmt: skip
     keys = [key for axis in experiment.sweep for key in axis]
+    for key in keys:
+        if key.partition(".")[0] in ("seeds", "name", "sweep", "compare"):
+            raise FedllmError(f"sweep: {key!r} cannot be varied (every point has every seed)")
     if len(set(keys)) < len(keys):
         raise FedllmError(f"sweep: {max(keys, key=keys.count)!r} is in more than one [[sweep]]")
     plain = experiment.replace(sweep=())
@@ -53,6 +61,9 @@ def points(experiment: ex.Experiment) -> list[Point]:
     for combination in itertools.product(*axes):
         settings = {key: value for part in combination for key, value in part.items()}
         name = ",".join(f"{_short(key, keys)}={_word(value)}" for key, value in settings.items())
+        if len(name) > LONGEST or (name in found and found[name].settings != settings):
+            digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+            name = f"{name[:LONGEST]},{digest}"
         found.setdefault(name, Point(name, settings, ex.vary(plain, settings)))
     return list(found.values())
 
@@ -91,6 +102,7 @@ def run(
             f"{stored}: this folder holds another experiment; resume with the same file and "
             "settings (the sweep may have more values), or take another --out"
         )
+    _look(listed, experiment.seeds[0], folder)
     federation.create(folder, force=resume)
     stored.write_text(plain)
     tasks = [
@@ -117,6 +129,22 @@ def run(
     return total
 
 
+def _look(listed: Sequence[Point], seed: int, folder: Path) -> None:
+    """Raise FedllmError for whatever a point would refuse, and for results of another's."""
+    for point in listed:
+        there = list((folder / point.name).glob("seed-*/experiment.toml"))
+        for path in there:
+            run = ex.load(path)
+            data = point.experiment.data.model_copy(update={"labels": run.data.labels})
+            if run != point.experiment.replace(seeds=run.seeds, data=data):
+                raise FedllmError(
+                    f"{path}: has other settings than {point.name}; take another --out"
+                )
+        if not there:
+            prepared = federation.prepare(point.experiment, seed)
+            federation.check(point.experiment, seed, prepared)
+
+
 def _one(spec: ex.Experiment, seed: int, folder: Path, listener: Listener | None = None) -> None:
     federation.run(spec, seed, folder, resume=folder.exists(), listener=listener)
 
@@ -136,16 +164,28 @@ def _side_by_side(
     os.environ["OMP_NUM_THREADS"] = "1"  # read when a process loads torch
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_alone)
+    left, count = list(tasks), 0
+    waiting: dict[Future[None], Path] = {}
     try:
-        waiting = {pool.submit(_one, *task): task for task in tasks}
-        count = 0
-        while waiting:
-            done, _ = wait(waiting, timeout=1.0, return_when=FIRST_EXCEPTION)
+        while left or waiting:
+            while left and len(waiting) < jobs:  # no more: what is submitted cannot be called back
+                task = left.pop(0)
+                waiting[pool.submit(_one, *task)] = task[2]
+            done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
-                _, seed, folder = waiting.pop(future)
+                folder = waiting.pop(future)
                 count += 1
-                listener.note(f"{count} of {len(tasks)}: {folder.parent.name}, seed {seed}")
+                listener.note(f"{count} of {len(tasks)}: {folder.parent.name}, {folder.name}")
+    except BrokenProcessPool:
+        raise FedllmError(
+            "a process of the sweep was killed (out of memory?): --resume goes on, perhaps with "
+            "fewer --jobs"
+        ) from None
+    except BaseException:
+        for process in list(getattr(pool, "_processes", {}).values()):
+            process.terminate()  # committed rounds are kept
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         if before is None:

@@ -20,6 +20,7 @@ from fedllm.training.evaluate import generate, rouge_l, statistics
 from fedllm.training.jobs import Tasked
 
 LOG = logging.getLogger(__name__)
+TAKES = ("train", "replace", "evaluate")  # tasks whose tensors are parameters
 PAID = "paid"  # group of a client's state: what it computed once (``training.known``)
 REMEMBERED = 16  # answers that are kept in case they got lost, besides those of the last call
 
@@ -74,6 +75,8 @@ class Worker:
                 client, message.step,
                 f"the server's base model differs (hash {message.base}, here {self.base})",
             )  # fmt: skip
+        if (message.round, message.attempt) < self._attempt.get(client, (0, 0)):
+            return Failure(client, message.step, f"of round {message.round}, which is over")
         last = self._last.get(client)
         return last[1] if last is not None and last[0] == message.id else None
 
@@ -211,15 +214,17 @@ def _only_tunables(site: Site, message: Message) -> None:
     """
     Raise FedllmError for parameters that are none of this experiment's tunables.
 
-    The base is frozen, and a site allowed these tunables and no others.
+    The base is frozen, and a site allowed these tunables and no others. Tasks that take parameters
+    take nothing else, whatever the sender calls it.
     """
     models = [model for model in (site.model, site.server_model) if model is not None]
+    takes = message.task in TAKES
     for name, tensor in message.tensors.items():
-        if message.roles[name] is not Role.PARAMETER:
+        if not takes and message.roles[name] is not Role.PARAMETER:
             continue
         fits = [model for model in models if name in model.initial
                 and model.initial[name].shape == tensor.shape]  # fmt: skip
-        if not fits or not tensor.is_floating_point():
+        if not fits or tensor.dtype is not torch.float32:
             raise FedllmError(
                 f"{name!r} of {tuple(tensor.shape)} is none of this experiment's tunables"
             )

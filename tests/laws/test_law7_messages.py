@@ -3,11 +3,11 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from flwr.app import Context, Error, Message, Metadata, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, Metadata, RecordDict
 
 from fedllm import experiment as ex
 from fedllm import federation, ledger
@@ -17,9 +17,11 @@ from fedllm.data.simulation import divide
 from fedllm.errors import FedllmError
 from fedllm.federation import Silent
 from fedllm.flower import ENDED, client_app, server_app
-from fedllm.transport.flower import FRAME, HELLO, Carried
+from fedllm.message import Failure, Role, of_role
+from fedllm.message import Message as Message_
+from fedllm.transport.flower import FRAME, HELLO, RECORD, Carried
 from laws.test_law7_across import Sites, counted, rows, weights
-from small import experiment
+from small import build, experiment
 
 
 class Nodes:
@@ -170,3 +172,65 @@ def test_who_a_node_is_it_has_to_prove(tmp_path: Path) -> None:
     (tmp_path / "client-2" / "key.pem").write_bytes(own)  # its certificate, another's key
     with pytest.raises(FedllmError, match="the signature is not its key's"):
         ran(sites, tmp_path / "three")
+
+
+def test_an_answer_without_a_frame_is_a_failure_and_the_site_is_told_where_to_go_on(
+    tmp_path: Path,
+) -> None:
+    sites = Sites(tmp_path, experiment(exchange={"resident": False}))
+    folders = [tmp_path / name for name in sites.names]
+    (tmp_path / "run").mkdir()
+
+    class Liar(Nodes):
+        lies: ClassVar[list[Any]] = ["text", 10**9, None]
+
+        def push_messages(self, messages: list[Message]) -> list[str]:
+            (message,) = messages
+            if message.metadata.message_type != FRAME:
+                return super().push_messages(messages)
+            states.append("state" in message.content.config_records[RECORD])
+            if len(states) > len(self.lies):
+                return [""]  # Flower did not take it
+            number = str(len(self.kinds))
+            self.kinds.append(FRAME)
+            lie = self.lies[len(states) - 1]
+            record = RecordDict({} if lie is None else {RECORD: ConfigRecord({"frame": lie})})
+            about = Metadata(1, "", message.metadata.dst_node_id, 0, number, "", 0.0, 60.0, FRAME)
+            self.replies[number] = Message(content=record, metadata=about)
+            return [number]
+
+    states: list[bool] = []
+    nodes = Liar(folders)
+    remote = Carried(
+        nodes, sites.names, lambda: order_of(sites.spec, 0, tmp_path / "run"),  # type: ignore[arg-type]
+        sites.keys.authority, 5.0,
+    )  # fmt: skip
+    remote.begin(lambda name: {"state": ""}, lambda name, facts: "")
+    reasons = []
+    for _ in range(4):
+        id = remote.post("client-1", b"frame")
+        (found,) = remote.collect(5.0)
+        assert found[0] == id
+        assert isinstance(found[1], Failure)
+        reasons.append(found[1].reason)
+    assert ["without" in reason for reason in reasons] == [True, True, True, False]
+    assert "did not take a message" in reasons[-1]
+
+
+def test_a_frame_of_a_round_that_is_over_changes_nothing() -> None:
+    """A process that outlived its deadline may come to it late."""
+    built = build(experiment(rows=48))
+    worker = built.worker
+    sent = built.strategy.start().shared
+
+    def ask(number: int) -> Any:
+        message = Message_("a1", "train", sent, of_role(Role.PARAMETER, sent), {}, "client-1",
+                           f"{number}", 1, worker.run, number, worker.base)  # fmt: skip
+        return worker.handle({"client-1": message})["client-1"]
+
+    assert not isinstance(ask(2), Failure)
+    before = worker.standing()
+    late = ask(1)
+    assert isinstance(late, Failure)
+    assert "which is over" in late.reason
+    assert worker.standing() == before

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +21,41 @@ COSTS = (
     ("optimizer_steps", "steps"), ("bytes_up", "up"), ("bytes_down", "down"),
     ("flops", "FLOPs"), ("seconds", "seconds"), ("peak_memory", "memory"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table as shown, and the same in full precision, to be downloaded or computed with."""
+
+    name: str
+    title: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    data_header: Sequence[str] = ()
+    data: Sequence[Sequence[Any]] = field(default=(), repr=False)
+    note: str = ""
+
+    def csv(self) -> str:
+        """The data as CSV; where there is none, what is shown."""
+        return as_csv(self.data_header or self.header, self.data or self.lines)
+
+
+def as_csv(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """
+    Rows as CSV text.
+
+    A text that a spreadsheet would compute gets an apostrophe before it: names come from outside.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    for line in (header, *lines):
+        writer.writerow([_harmless(cell) for cell in line])
+    return out.getvalue()
+
+
+def _harmless(cell: Any) -> Any:
+    risky = isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") and len(cell) > 1
+    return f"'{cell}" if risky else cell
 
 
 def size(value: float) -> str:
@@ -81,6 +119,17 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join([*out, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def show_table(found: Sheet) -> None:
+    """Print one table."""
+    console = Console(width=None if Console().is_terminal else 150)
+    table = Table(title=found.title, caption=found.note or None)
+    for position, name in enumerate(found.header):
+        table.add_column(name, justify="left" if position == 0 else "right")
+    for line in found.lines:
+        table.add_row(*(Text(cell) for cell in line))
+    console.print(table)
 
 
 def show(summary: dict[str, Any]) -> None:

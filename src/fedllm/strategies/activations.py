@@ -92,7 +92,7 @@ class Alive:
                 self.failed[client] = reply.reason
                 continue
             replies[client] = reply
-            if "left" in reply.facts:
+            if want is not ANYTHING and "left" in want.facts:
                 self.done[client] = int(reply.facts["number"])
                 self.left[client] = int(reply.facts["left"])
         present = len(self.cohort) - len(self.failed)
@@ -218,8 +218,18 @@ class Activations:
         if set(reply.tensors) != names or lengths is None or hidden is None:
             return f"sent {sorted(reply.tensors)}, not {sorted(names)}"
         extra, width = self.server.prompt_tokens, self.model.model.config.hidden_size
-        if lengths.ndim != 1 or lengths.is_floating_point() or not len(lengths):
+        if lengths.ndim != 1 or lengths.dtype is not torch.int32:
             return "its lengths are none"
+        most = self.setup.training.batch_size
+        if not 1 <= len(lengths) <= most:
+            return f"sent {len(lengths)} rows, a batch has 1 to {most}"
+        if not (0 <= int(reply.facts["left"]) < 2**31 and 1 <= int(reply.facts["number"]) < 2**31):
+            return "its number of batches is none"
+        if hidden.dtype not in (
+            torch.float32,
+            torch.bfloat16 if self.model.half else torch.float32,
+        ):
+            return f"sent activations as {hidden.dtype}"
         if int(lengths.min()) <= extra or int(lengths.max()) > self.setup.longest + extra:
             return f"a row is longer than {self.setup.longest} tokens, or empty"
         cells = int(lengths.long().sum())
@@ -230,7 +240,7 @@ class Activations:
         many = len(lengths) if self.model.classification else cells - extra * len(lengths)
         lowest = 0 if self.model.classification else IGNORED
         if (
-            tuple(labels.shape) != (many,) or labels.is_floating_point()
+            tuple(labels.shape) != (many,) or labels.dtype is not torch.int32
             or int(labels.min()) < lowest or int(labels.max()) >= self.model.outputs
         ):  # fmt: skip
             return f"its labels are not {many} numbers below {self.model.outputs}"
@@ -376,8 +386,9 @@ class Activations:
                 requests[client] = Message("c3", "head", {H: packed}, {H: Role.ACTIVATION})
 
         def look(reply: Message) -> str:
-            sent = requests[reply.client].tensors[H].shape
-            fits = set(reply.tensors) == {GRAD} and reply.tensors[GRAD].shape == sent
+            sent = requests[reply.client].tensors[H]
+            fits = set(reply.tensors) == {GRAD} and reply.tensors[GRAD].shape == sent.shape
+            fits = fits and reply.tensors[GRAD].dtype is sent.dtype
             return "" if fits else "sent another gradient than of the hidden states it got"
 
         back = alive.gather(requests, Want(("loss",), look=look))
@@ -430,9 +441,9 @@ class Activations:
             return state
         half = {n: t for n, t in state.shared.items() if n in self.client_names}
         message = Message("cc3", "replace", half, of_role(Role.PARAMETER, half))
-        ask.gather(dict.fromkeys(clients, message))
+        took = ask.gather(dict.fromkeys(clients, message))  # others are asked again next time
         newest = state.facts.get("version", 0)
-        facts = {**state.facts, **{f"version.{client}": newest for client in clients}}
+        facts = {**state.facts, **{f"version.{client}": newest for client in took}}
         return replace(state, facts=facts)
 
     def _average(

@@ -44,7 +44,8 @@ def statistics(
     ``units`` (tokens), ``utf8`` (bytes of their text) and ``unknown`` tokens.
     """
     classes = model.classification
-    confusion = torch.zeros((model.outputs, model.outputs), dtype=torch.int32)
+    wide = model.outputs if classes else 0  # a vocabulary's table would be larger than the model
+    confusion = torch.zeros((wide, wide), dtype=torch.int32)
     losses: list[float] = []
 
     def take(batch: Batch, logits: Tensor) -> None:

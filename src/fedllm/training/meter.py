@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -300,7 +299,7 @@ def costs_of(facts: dict[str, Fact]) -> dict[str, dict[str, Fact]]:
             number = float(value) if column == "seconds" else int(value)
         except (ValueError, OverflowError):
             number = -1
-        if column not in COLUMNS or not 0 <= number < math.inf:
+        if column not in COLUMNS or not 0 <= number < 2**62:
             raise FedllmError(f"costs: {name!r} = {value!r} is none")
         found.setdefault(step, {})[column] = number
     return found

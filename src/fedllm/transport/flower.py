@@ -40,15 +40,20 @@ def connected(grid: Grid, count: int, seconds: float) -> list[int]:
 
 
 def send(grid: Grid, kind: str, node: int, content: Mapping[str, Any]) -> str:
-    """One message to one node; returns its id."""
+    """One message to one node; returns its id. Raises FedllmError where Flower refuses it."""
     record = RecordDict({RECORD: ConfigRecord(dict(content))})
-    (id,) = grid.push_messages([grid.create_message(record, kind, node, group_id="", ttl=DAY)])
-    return id
+    ids = list(grid.push_messages([grid.create_message(record, kind, node, group_id="", ttl=DAY)]))
+    if len(ids) != 1 or not ids[0]:
+        raise FedllmError(f"Flower did not take a message for node {node}")
+    return ids[0]
 
 
 def content(message: Message) -> dict[str, Any]:
-    """What ``send`` put in, or a reply holds."""
-    return dict(message.content.config_records[RECORD])
+    """What ``send`` put in, or a reply holds. Raises FedllmError where it holds nothing."""
+    try:
+        return dict(message.content.config_records[RECORD])
+    except (KeyError, ValueError):
+        raise FedllmError("a message without what belongs in it") from None
 
 
 class Carried:
@@ -73,12 +78,18 @@ class Carried:
         self._authority, self._seconds = authority, seconds
         self._nodes: dict[str, int] = {}
         self._asked: dict[str, str] = {}  # message -> site
+        self._told: set[str] = set()  # messages that say which state to go back to
+        self._unfit: set[str] = set()
+        self._refused: list[tuple[str, Failure]] = []
+        self._begun = secrets.token_hex(8)
         self._new: set[str] = set()  # sites that did not answer since the run began
         self._greet: Callable[[str], Facts] = lambda _: {}
 
     def begin(self, greet: Callable[[str], Facts], refuse: Callable[[str, Facts], str]) -> None:
         """Have all sites say what they have. Raises FedllmError naming who is missing or unfit."""
         found, reasons = self.hello(refuse)
+        if all(name in found for name in self._names) and not self._unfit:
+            reasons = []  # of nodes that are none of this federation
         missing = [name for name in self._names if name not in found]
         if reasons or missing:
             reasons += [f"{name} did not answer" for name in missing]
@@ -99,14 +110,15 @@ class Carried:
                 if reply.has_error():
                     reasons.append(f"node {node}: {reply.error.reason}")
                     continue
-                facts = content(reply)
                 try:
+                    facts = content(reply)
                     name = self._identify(facts, f"{nonce} {node}".encode())
                 except FedllmError as error:
                     reasons.append(f"node {node}: {error}")
                     continue
                 if reason := refuse(name, facts):
                     reasons.append(reason)
+                    self._unfit.add(name)
                 found[name] = facts
                 self._nodes[name] = node
             time.sleep(PAUSE)
@@ -128,9 +140,16 @@ class Carried:
     def post(self, client: str, frame: bytes) -> str:
         """Send a frame to the process that Flower will start for it."""
         more = {"state": self._greet(client)["state"]} if client in self._new else {}
-        node = self._nodes[client]
-        id = send(self._grid, FRAME, node, {**self._order(), **more, "frame": frame})
-        self._asked[id] = client
+        order = {**self._order(), **more, "begun": self._begun, "frame": frame}
+        try:
+            id = send(self._grid, FRAME, self._nodes[client], order)
+        except FedllmError as error:
+            id = f"refused {secrets.token_hex(8)}"
+            self._refused.append((id, Failure(client, "", str(error))))
+        else:
+            self._asked[id] = client
+            if client in self._new:
+                self._told.add(id)
         return id
 
     def expire(self, id: str) -> None:
@@ -139,15 +158,30 @@ class Carried:
     def collect(self, timeout: float | None = None) -> Iterator[tuple[str, Frame | Failure]]:
         """Answers as they come; a Failure where Flower gives a site or its process up."""
         until = None if timeout is None else time.monotonic() + timeout
+        while self._refused:
+            yield self._refused.pop()
         while self._asked:
             for reply in self._grid.pull_messages(list(self._asked)):
                 id = reply.metadata.reply_to_message_id
                 client = self._asked.pop(id)
+                told = id in self._told
+                self._told.discard(id)
                 if reply.has_error():
+                    self._new.add(client)  # it goes back to its last committed state
                     yield id, Failure(client, "", f"Flower: {reply.error.reason}")
                     continue
-                self._new.discard(client)
-                yield id, bytes(content(reply)["frame"])
+                if told:
+                    self._new.discard(client)
+                yield id, self._frame(client, reply)
             if until is not None and time.monotonic() >= until:
                 return
             time.sleep(PAUSE)
+
+    def _frame(self, client: str, reply: Message) -> Frame | Failure:
+        try:
+            frame = content(reply).get("frame")
+        except FedllmError as error:
+            return Failure(client, "", str(error))
+        return (
+            frame if isinstance(frame, bytes) else Failure(client, "", "answered without a frame")
+        )

@@ -100,6 +100,8 @@ def issue(authority: Authority, asked: bytes, hosts: Sequence[str] = (), days: i
         wanted = x509.load_pem_x509_csr(asked)
     except ValueError as error:
         raise FedllmError(f"certificate request: cannot be read ({error})") from None
+    if not isinstance(wanted.public_key(), ec.EllipticCurvePublicKey):
+        raise FedllmError("certificate request: of another kind of key than 'site init' makes")
     if not wanted.is_signature_valid:
         raise FedllmError("certificate request: not signed with its own key")
     if len(wanted.subject.get_attributes_for_oid(NameOID.COMMON_NAME)) != 1:
@@ -143,9 +145,17 @@ def name_of(certificate: bytes) -> str:
 
 
 def prove(key: bytes, said: bytes) -> bytes:
-    """A signature under what somebody said, by which ``proven`` knows who it was."""
-    private = serialization.load_pem_private_key(key, None)
-    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    """
+    A signature under what somebody said, by which ``proven`` knows who it was.
+
+    Raises FedllmError for a key that cannot be read.
+    """
+    try:
+        private = serialization.load_pem_private_key(key, None)
+    except (ValueError, TypeError) as error:
+        raise FedllmError(f"private key: cannot be read ({error})") from None
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise FedllmError("private key: of another kind than these commands make")
     return private.sign(said, ec.ECDSA(hashes.SHA384()))
 
 
@@ -160,7 +170,8 @@ def proven(authority: bytes, certificate: bytes, proof: bytes, said: bytes) -> s
         theirs = x509.load_pem_x509_certificate(certificate)
         theirs.verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
         key = theirs.public_key()
-        assert isinstance(key, ec.EllipticCurvePublicKey)
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise ValueError("a key of another kind")
         key.verify(proof, said, ec.ECDSA(hashes.SHA384()))
     except (ValueError, TypeError, InvalidSignature) as error:
         reason = str(error) or "the signature is not its key's"

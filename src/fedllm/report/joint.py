@@ -1,0 +1,106 @@
+"""Whether runs may stand in one table, and what differs between them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fedllm.errors import FedllmError
+from fedllm.report.gather import Entry, Gathered
+
+BUDGET = ("rounds", "training.epochs", "training.batch_size")
+DATA = ("data.", "simulation.", "task.")
+ALSO_DATA = ("public.source", "public.size", "evaluation.on")
+APART = ("seeds", "name", "simulation.cohort")  # nothing that a run computes depends on these
+
+SAID = 4  # differences in an error
+
+
+def refuse(found: Gathered, anyway: bool = False) -> list[str]:
+    """
+    What makes a joint table of several folders unfair; raises FedllmError with it.
+
+    anyway: only say it. One folder was made by one command, which asked for what differs in it.
+    """
+    wrong = differences(found.entries)
+    unknown = [e.name for e in found.entries if not e.runs and not e.part.get("same_as")]
+    if unknown and len(found.folders) > 1:
+        wrong.append(f"data and budget unknown: no experiment.toml and ledger of {_some(unknown)}")
+    if wrong and len(found.folders) > 1 and not anyway:
+        more = f"; and {len(wrong) - SAID} more" if len(wrong) > SAID else ""
+        raise FedllmError(
+            f"no joint table: {'; '.join(wrong[:SAID])}{more} (--anyway shows it all the same)"
+        )
+    return wrong
+
+
+def differences(entries: Sequence[Entry]) -> list[str]:
+    """Where data, split or budget differ, and between which runs; empty where none does."""
+    known = [entry for entry in entries if entry.runs]
+    keys = list(dict.fromkeys(key for entry in known for key in entry.settings))
+    wrong = []
+    for key in keys:
+        kind = _kind(key)
+        said = _values([(entry.name, entry.settings.get(key)) for entry in known])
+        if kind and said:
+            wrong.append(f"{kind} differs, {key}: {said}")
+    if said := _values([(entry.name, sorted(entry.seeds)) for entry in known]):
+        wrong.append(f"split differs, seeds: {said}")
+    counted = [(entry.name, rows) for entry in known if (rows := _rows(entry)) is not None]
+    if not wrong and (said := _values(counted)):
+        wrong.append(f"data differs, held-out rows of the evaluation: {said}")
+    return wrong
+
+
+def _kind(key: str) -> str:
+    if key in APART:
+        return ""
+    if key in BUDGET:
+        return "budget"
+    return "data" if key.startswith(DATA) or key in ALSO_DATA else ""
+
+
+def _rows(entry: Entry) -> Any:
+    """How many rows the quality is of; None where clients failed, or rows are not counted."""
+    summary = entry.runs[0].summary
+    metrics = summary["metrics"]
+    if summary["task"] != "classification" or metrics.get("missing_clients"):
+        return None
+    return metrics.get("units")
+
+
+def _values(each: Iterable[tuple[str, Any]]) -> str:
+    """Each value with whose it is; empty where there is but one."""
+    whose: dict[str, list[str]] = {}
+    for name, value in each:
+        whose.setdefault(json.dumps(value), []).append(name)
+    if len(whose) < 2:
+        return ""
+    return " / ".join(
+        f"{shown(json.loads(value))} ({_some(names)})" for value, names in whose.items()
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def shown(value: Any) -> str:
+    """A setting in few words; a dash where a run has no such key."""
+    text = "-" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def settings(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the settings that are not the same in all runs."""
+    known = [entry for entry in entries if entry.runs]
+    keys = dict.fromkeys(key for entry in known for key in entry.settings)
+    lines = []
+    for key in keys:
+        values = [shown(entry.settings.get(key)) for entry in known]
+        if len(set(values)) > 1 and key not in APART and not key.startswith("compare."):
+            lines.append([key, *values])
+    if len({tuple(entry.seeds) for entry in known}) > 1:
+        lines.append(["seeds", *(shown(entry.seeds) for entry in known)])
+    return ["setting", *(entry.name for entry in known)], lines

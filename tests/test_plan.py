@@ -96,10 +96,7 @@ def hold(spec: ex.Experiment) -> None:
 @pytest.mark.parametrize(
     ("name", "task"),
     [
-        pytest.param(GPT2, "classification", id="builtin-classification"),
-        pytest.param(GPT2, "generation", id="builtin-generation"),
         pytest.param(BERT, "classification", id="minilm", marks=needs_shared),
-        pytest.param(BABY, "classification", id="babyllama-classification", marks=needs_shared),
         pytest.param(BABY, "generation", id="babyllama-generation", marks=needs_shared),
     ],
 )
@@ -334,7 +331,7 @@ def test_the_advisor_equals_brute_force(choices: list[Choice], seed: int) -> Non
     assert advise.budget(some, budget) == obvious(some, Limits((("bytes", budget),)))[0]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1))
 def test_every_choice_is_what_its_own_file_costs(seed: int) -> None:
     """The whole way: an experiment of each choice alone, planned by itself."""
     rng = random.Random(seed)

@@ -29,6 +29,7 @@ TASKS = [
     pytest.param(LLAMA, "generation", id="llama-generation", marks=needs_shared),
     pytest.param(BERT, "classification", id="bert-classification", marks=needs_shared),
 ]
+EACH = [TASKS[0], TASKS[3], TASKS[4]]  # every model type once, and both tasks
 _prepared: dict[Any, Prepared] = {}
 
 

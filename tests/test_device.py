@@ -12,7 +12,7 @@ from fedllm.ledger import total
 from fedllm.models.inputs import Inputs
 from fedllm.models.loading import load, load_tokenizer, place
 from fedllm.round import Federation
-from small import BERT, GPT2, LLAMA, TASKS, TYPES, build, experiment, finish, furthest
+from small import BERT, EACH, GPT2, LLAMA, TASKS, TYPES, build, experiment, finish, furthest
 from test_models import KINDS, LENGTHS, X, fits, loaded
 
 STRATEGIES: list[dict[str, Any]] = [
@@ -73,7 +73,7 @@ def test_under_bf16_all_that_travels_stays_float32(strategy: dict[str, Any]) -> 
         assert total(half.ledger.rows, column) == total(whole.ledger.rows, column)
 
 
-@pytest.mark.parametrize(("name", "task"), TASKS)
+@pytest.mark.parametrize(("name", "task"), EACH)
 @each_strategy
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_base_in_four_bits_trains_and_stays(

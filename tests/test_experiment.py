@@ -142,3 +142,19 @@ def test_the_studys_files_run_shrunken(path: Path, tmp_path: Path) -> None:
            "simulation.test_examples": 20}  # fmt: skip
     spec = ex.vary(sweep.points(ex.load(path))[-1].experiment, few)
     assert federation.run(spec, 0, tmp_path / path.stem)["metrics"]["units"]
+
+
+def test_a_folder_of_an_older_version_agrees_and_another_experiments_does_not(
+    tmp_path: Path,
+) -> None:
+    """What the older one did not know has its default."""
+    spec = ex.load(DEMO)
+    lines = ex.dump(spec).splitlines()
+    older = [line for line in lines if not line.startswith(("resident", "sweep"))]
+    assert len(older) < len(lines)
+    (tmp_path / "experiment.toml").write_text("\n".join(older))
+    ex.agree(tmp_path / "experiment.toml", spec)
+    for text in (ex.dump(spec.replace(rounds=9)), "nonsense", "nonsense = 1"):
+        (tmp_path / "experiment.toml").write_text(text)
+        with pytest.raises(FedllmError, match="holds another experiment"):
+            ex.agree(tmp_path / "experiment.toml", spec)

@@ -16,7 +16,7 @@ from fedllm.round import Federation
 from fedllm.training.batches import collate
 from fedllm.training.known import Use, known, remember
 from fedllm.training.meter import Meter
-from small import TASKS, build, experiment, finish, furthest
+from small import EACH, build, experiment, finish, furthest
 
 Tensors = dict[str, torch.Tensor]
 UPPER = {"layers": [-2, -1], "dropout": 0.1}
@@ -41,7 +41,7 @@ def ran(built: Federation) -> tuple[Tensors, dict[str, int]]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: "-".join(map(str, s.values())))
-@pytest.mark.parametrize(("name", "task"), TASKS)
+@pytest.mark.parametrize(("name", "task"), EACH)
 def test_runs_are_the_same_with_and_without(name: str, task: str, strategy: dict[str, Any]) -> None:
     def run(cache: bool) -> tuple[Tensors, dict[str, int]]:
         spec = experiment(

@@ -88,11 +88,8 @@ def _same(experiment: ex.Experiment, folder: Path, resume: bool) -> str:
     """The experiment as text; FedllmError where a folder to be resumed holds another."""
     resolved = ex.dump(experiment)
     stored = folder / "experiment.toml"
-    if resume and stored.exists() and stored.read_text() != resolved:
-        raise FedllmError(
-            f"{stored}: this folder holds another experiment; resume with the same file and "
-            "settings, or take another --out"
-        )
+    if resume and stored.exists():
+        ex.agree(stored, experiment)
     return resolved
 
 
@@ -172,7 +169,7 @@ def spread(values: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """{name: {"mean", "sd"}} of every number; sd is 0 for one run."""
     out = {}
     for name, value in values[0].items():
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and all(name in other for other in values):
             column = [float(v[name]) for v in values]
             sd = statistics.stdev(column) if len(column) > 1 else 0.0
             out[name] = {"mean": statistics.fmean(column), "sd": sd}

@@ -568,6 +568,23 @@ def parse_text(
     return parse(values, origin, folder, overrides, foreign)
 
 
+def agree(stored: Path, experiment: Experiment) -> None:
+    """
+    Raise FedllmError unless a folder's file holds this experiment, so that it can be resumed.
+
+    Keys that an older version did not have are there with their defaults.
+    """
+    try:
+        found = parse_text(stored.read_text(), str(stored), stored.parent, foreign=True)
+    except FedllmError:
+        found = None
+    if found != experiment:
+        raise FedllmError(
+            f"{stored}: this folder holds another experiment; resume with the same file and "
+            "settings, or take another --out"
+        )
+
+
 def load_site(path: Path) -> SiteFile:
     """
     Read and check a ``site.toml``; paths in it are relative to its folder.

@@ -387,14 +387,10 @@ def run(
     listener = listener or Silent()
     prepared = prepared or prepare(experiment, seed)
     data = experiment.data.model_copy(update={"labels": prepared.labels})
-    resolved = ex.dump(experiment.replace(seeds=(seed,), data=data))
+    resolved = experiment.replace(seeds=(seed,), data=data)
     stored = folder / "experiment.toml"
     if resume and stored.exists():
-        if stored.read_text() != resolved:
-            raise FedllmError(
-                f"{stored}: this folder holds another experiment; resume with the same file and "
-                "settings, or take another --out"
-            )
+        ex.agree(stored, resolved)
         done = folder / "summary.json"
         if done.exists():
             return dict(json.loads(done.read_text()))
@@ -408,7 +404,7 @@ def run(
     fresh = not folder.exists()
     create(folder, force=resume)
     try:
-        stored.write_text(resolved)
+        stored.write_text(ex.dump(resolved))
         federation.clients.attach(checkpoint.states_in(folder / "checkpoints"))
         upto = begin.round if begin else 0
         federation.ledger.attach(folder / "ledger.jsonl", upto)

@@ -95,16 +95,13 @@ def run(
     """
     listener = listener or Silent()
     listed = points(experiment)
-    plain = ex.dump(experiment.replace(sweep=()))
+    plain = experiment.replace(sweep=())
     stored = folder / "experiment.toml"
-    if resume and stored.exists() and stored.read_text() != plain:
-        raise FedllmError(
-            f"{stored}: this folder holds another experiment; resume with the same file and "
-            "settings (the sweep may have more values), or take another --out"
-        )
+    if resume and stored.exists():
+        ex.agree(stored, plain)  # the sweep itself may have more values
     _look(listed, experiment.seeds[0], folder)
     federation.create(folder, force=resume)
-    stored.write_text(plain)
+    stored.write_text(ex.dump(plain))
     tasks = [
         (point.experiment, seed, folder / point.name / f"seed-{seed}")
         for seed in experiment.seeds

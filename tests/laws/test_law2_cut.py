@@ -8,7 +8,7 @@ import torch
 from fedllm.models.core import Core
 from fedllm.models.loading import LanguageModel
 from fedllm.training.objectives import cross_entropy
-from small import GPT2, TASKS, build, experiment, final, furthest
+from small import EACH, GPT2, TASKS, build, experiment, final, furthest
 
 
 def gradients(
@@ -55,7 +55,7 @@ def test_so_has_every_tunable_that_can_be_cut(kind: str) -> None:
     assert furthest(found, whole) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "task"), TASKS)
+@pytest.mark.parametrize(("name", "task"), EACH)
 @pytest.mark.parametrize("server", ["sequential", "per-client", "concatenated"])
 @pytest.mark.parametrize("labels", ["server", "client"])
 def test_one_client_under_activations_is_joint_training(

@@ -75,11 +75,11 @@ def test_under_bf16_all_that_travels_stays_float32(strategy: dict[str, Any]) -> 
 
 @pytest.mark.parametrize(("name", "task"), EACH)
 @each_strategy
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_base_in_four_bits_trains_and_stays(
-    name: str, task: str, strategy: dict[str, Any], precision: str
+    name: str, task: str, strategy: dict[str, Any]
 ) -> None:
-    """Law 5 for it; it is smaller; a pass is the same arithmetic."""
+    """Law 5 for it; it is smaller; a pass is the same arithmetic. In bf16 for the built-in one."""
+    precision = "bf16" if name == GPT2 else "fp32"
     four = ran({"name": name, "quantization": "nf4", "precision": precision}, strategy, task)
     model = four.worker.sites["client-1"].model
     assert model.hash_base() == model.base_hash

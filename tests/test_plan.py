@@ -122,9 +122,7 @@ def test_a_plan_of_a_random_gpt2(
     [
         {"kind": "lora", "rank": 4, "layers": [-1], "dropout": 0.1},
         {"kind": "adapter", "width": 4},
-        {"kind": "bitfit"},
         {"kind": "prompt", "tokens": 4},
-        {"kind": "full"},
     ],
     ids=lambda t: t["kind"],
 )

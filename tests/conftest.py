@@ -1,4 +1,5 @@
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -19,9 +20,16 @@ def _same_start() -> Iterator[None]:
     yield
 
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+WITHOUT = [  # marker, and why its tests are left out
+    ("gpu", "accelerator: none", torch.cuda.is_available()),
+    ("browser", "Chromium: none", CHROMIUM is not None),
+]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        marked = [item for item in items if item.get_closest_marker("gpu")]
+    for marker, _, there in WITHOUT:
+        marked = [] if there else [item for item in items if item.get_closest_marker(marker)]
         config.hook.pytest_deselected(items=marked)
         items[:] = [item for item in items if item not in marked]
     if not SHARED.is_dir():
@@ -32,8 +40,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not torch.cuda.is_available():
-        terminalreporter.write_line("accelerator: none, tests marked gpu are left out")
+    for marker, why, there in WITHOUT:
+        if not there:
+            terminalreporter.write_line(f"{why}, tests marked {marker} are left out")
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if "shared" in r.keywords]
     if SHARED.is_dir():
         terminalreporter.write_line(f"real models and data: {SHARED.name}, {len(skipped)} skipped")

@@ -186,8 +186,7 @@ def test_the_page_needs_no_network_and_runs_nothing(compared: Path) -> None:
 
 def browser(page_: Path, scratch: Path, *more: str) -> tuple[str, str]:
     """What a headless Chromium makes of a page, and what it says meanwhile."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed: the page was read without a browser only")
+    assert CHROMIUM is not None
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
         "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -198,6 +197,7 @@ def browser(page_: Path, scratch: Path, *more: str) -> tuple[str, str]:
     return ended.stdout, ended.stderr
 
 
+@pytest.mark.browser
 def test_the_page_in_a_browser(compared: Path, tmp_path: Path) -> None:
     text = (compared / "report.html").read_text()
     measure = (

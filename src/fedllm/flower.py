@@ -9,7 +9,7 @@ to stay for a whole run, through Flower's own messages.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,11 +202,12 @@ def _check(
 
 
 @contextmanager
-def discreet(site: str) -> Iterator[None]:
+def discreet() -> Iterator[None]:
     """
     What went wrong at a site stays in its log; Flower would tell the server.
 
-    An error may hold a row of the site's data. That its policy forbids something it says openly.
+    An error may hold a row of the site's data, whoever raised it. That its policy forbids something
+    it says openly.
     """
     try:
         yield
@@ -214,55 +215,64 @@ def discreet(site: str) -> Iterator[None]:
         raise
     except Exception:
         LOG.exception("this site cannot take part")
-        raise FedllmError(f"site {site!r} cannot take part; its own log says why") from None
+        raise FedllmError("the site cannot take part; its own log says why") from None
+
+
+Work = Callable[[dict[str, Any], Path, ex.SiteFile, Keys | None, Context], dict[str, Any]]
 
 
 def client_app() -> ClientApp:
     """A site's end; its folder is the node's setting ``site``."""
     app = ClientApp()
 
-    def who(context: Context) -> tuple[Path, ex.SiteFile, Keys | None]:
-        folder = Path(str(context.node_config["site"]))
-        site = ex.load_site(folder / "site.toml")
-        return folder, site, None if site.insecure else keys_of(folder)
+    def answered(work: Work) -> Callable[[Message, Context], Message]:
+        def answer(message: Message, context: Context) -> Message:
+            folder = Path(str(context.node_config["site"]))
+            with discreet():
+                site = ex.load_site(folder / "site.toml")
+                keys = None if site.insecure else keys_of(folder)
+                facts = work(content(message), folder, site, keys, context)
+            return Message(RecordDict({RECORD: ConfigRecord(facts)}), reply_to=message)
 
-    def reply(message: Message, facts: dict[str, Any]) -> Message:
-        return Message(RecordDict({RECORD: ConfigRecord(facts)}), reply_to=message)
+        return answer
 
-    @app.train("session")  # type: ignore[untyped-decorator]
-    def session(message: Message, context: Context) -> Message:
-        folder, site, keys = who(context)
-        with discreet(site.name):
-            take_part(content(message), site, folder, keys)
-        return reply(message, {"done": site.name})
-
-    @app.query("hello")  # type: ignore[untyped-decorator]
-    def hello(message: Message, context: Context) -> Message:
-        folder, site, keys = who(context)
-        order = content(message)
-        with discreet(site.name):
-            half = hosted(order, site, folder)
-        facts: dict[str, Any] = {**half.facts, "name": site.name}
-        if keys is not None:
-            said = f"{order['nonce']} {context.node_id}".encode()
-            facts |= {"certificate": keys.certificate, "proof": prove(keys.key, said)}
-        return reply(message, facts)
-
-    @app.train("frame")  # type: ignore[untyped-decorator]
-    def frame(message: Message, context: Context) -> Message:
-        folder, site, _ = who(context)
-        order = content(message)
-        with discreet(site.name):
-            half = hosted(order, site, folder)
-            begun = str(order["begun"])
-            with half.alone():  # an earlier message may have outlived its deadline
-                if "state" in order:
-                    half.welcomed(order)
-                else:
-                    half.go_on(begun)
-                answer = half.answer(order["frame"])
-                half.pause(begun)
-                half.sent(answer)
-        return reply(message, {"frame": answer})
-
+    app.train("session")(answered(_session))
+    app.query("hello")(answered(_hello))
+    app.train("frame")(answered(_frame))
     return app
+
+
+def _session(
+    order: dict[str, Any], folder: Path, site: ex.SiteFile, keys: Keys | None, _: Context
+) -> dict[str, Any]:
+    """Take part until the server says good-bye."""
+    take_part(order, site, folder, keys)
+    return {"done": site.name}
+
+
+def _hello(
+    order: dict[str, Any], folder: Path, site: ex.SiteFile, keys: Keys | None, context: Context
+) -> dict[str, Any]:
+    """What this site would say, and the proof that it is this site."""
+    facts: dict[str, Any] = {**hosted(order, site, folder).facts, "name": site.name}
+    if keys is not None:
+        said = f"{order['nonce']} {context.node_id}".encode()
+        facts |= {"certificate": keys.certificate, "proof": prove(keys.key, said)}
+    return facts
+
+
+def _frame(
+    order: dict[str, Any], folder: Path, site: ex.SiteFile, keys: Keys | None, _: Context
+) -> dict[str, Any]:
+    """Answer one frame, from where the process before this one stopped."""
+    half = hosted(order, site, folder)
+    begun = str(order["begun"])
+    with half.alone():  # an earlier message may have outlived its deadline
+        if "state" in order:
+            half.welcomed(order)
+        else:
+            half.go_on(begun)
+        answer = half.answer(order["frame"])
+        half.pause(begun)
+        half.sent(answer)
+    return {"frame": answer}

@@ -49,10 +49,9 @@ ALLOWED = {
     "compare": FEDERATION,
     "sweep": FEDERATION | {"compare"},
     "predict": FEDERATION,
-    "report": FEDERATION | {"plan", "advise"},
-    "plan": ROUND | {"federation"},
-    "advise": FEDERATION | {"plan"},
-    "cli": FEDERATION | {"predict", "operate", "engine", "rehearse", "plan", "advise", "sweep"},
+    "planning": ROUND | {"federation", "report", "planning"},
+    "report": FEDERATION,
+    "cli": FEDERATION | {"predict", "operate", "engine", "rehearse", "planning", "sweep"},
     "__init__": {"errors"},
 }
 

@@ -14,9 +14,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedllm import advise, costs, federation, plan
+from fedllm import costs, federation
 from fedllm import experiment as ex
-from fedllm.advise import Choice, Limits
 from fedllm.cli import app
 from fedllm.costs import Blueprint, PublicSize
 from fedllm.errors import FedllmError
@@ -24,7 +23,11 @@ from fedllm.federation import Silent
 from fedllm.ledger import Ledger
 from fedllm.models.flops import count
 from fedllm.models.loading import load, load_config
-from fedllm.plan import Estimator, Line
+from fedllm.planning import advise, lines, plan
+from fedllm.planning.advise import Choice, Limits
+from fedllm.planning.estimator import Estimator
+from fedllm.planning.lines import Line
+from fedllm.planning.sizes import sizes
 from fedllm.summary import costs as measured
 from fedllm.summary import per_client_round
 from shared import model as shared_model
@@ -66,9 +69,9 @@ def compared(spec: ex.Experiment) -> tuple[Line, dict[str, float], dict[str, Any
     built = federation.assemble(spec, 0, prepared, Ledger(), name, Silent())
     finish(built)
     found = measured(built.ledger.rows, spec.rounds)
-    data = plan.sizes(spec)
-    line = plan.line(Estimator(spec, data.labels), spec.strategy, data)
-    return line, per_client_round(found, spec.rounds), found.get("server", {})
+    data = sizes(spec)
+    planned = lines.line(Estimator(spec, data.labels), spec.strategy, data)
+    return planned, per_client_round(found, spec.rounds), found.get("server", {})
 
 
 STRATEGIES: list[dict[str, Any]] = [
@@ -110,7 +113,7 @@ def test_a_plan_of_a_random_gpt2(
     random_gpt2: str, task: str, strategy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with logits that are made chunk by chunk."""
-    for module in ("plan", "training.fit"):
+    for module in ("planning.estimator", "training.fit"):
         monkeypatch.setattr(f"fedllm.{module}.LOGITS", 20_000)
     model = {"weights": "random", "tokenizer": "builtin"}
     hold(experiment(random_gpt2, task, strategy=strategy, evaluation={"every": 0}, model=model))
@@ -138,14 +141,14 @@ def test_codecs_and_absent_clients_are_foreseen() -> None:
     codecs = {"activation": "fp16", "gradient": "fp16", "parameter": "fp16"}
     spec = experiment(strategy={"kind": "activations", "cut": 1}, evaluation={"every": 0},
                       exchange={"codecs": codecs})  # fmt: skip
-    line, client, _ = compared(spec)
-    assert line.up == pytest.approx(client["bytes_up"], rel=0.01)
+    every, client, _ = compared(spec)
+    assert every.up == pytest.approx(client["bytes_up"], rel=0.01)
     some = spec.replace(exchange=ex.Exchange(clients_per_round=1))
-    data = plan.sizes(some)
+    data = sizes(some)
     estimator = Estimator(some, data.labels)
-    one = plan.line(estimator, some.strategy, data)
-    assert one.server_flops == pytest.approx(line.server_flops / 3)
-    assert one.seconds < line.seconds
+    one = lines.line(estimator, some.strategy, data)
+    assert one.server_flops == pytest.approx(every.server_flops / 3)
+    assert one.seconds < every.seconds
 
 
 @pytest.mark.parametrize(
@@ -211,13 +214,13 @@ def test_no_data_and_no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_means_stand_for_the_rows_themselves() -> None:
     spec = experiment(rows=120, strategy={"kind": "parameters"})
-    data = plan.sizes(spec)
-    exact = plan.line(Estimator(spec, data.labels), spec.strategy, data)
+    data = sizes(spec)
+    exact = lines.line(Estimator(spec, data.labels), spec.strategy, data)
     rows = sum(len(crowd.train.lengths) for crowd in data.crowds)
     tokens = sum(crowd.train.size.tokens for crowd in data.crowds)
     told = spec.replace(plan=ex.Plan(rows=rows // 3, tokens=tokens / rows, labels=data.labels))
-    mean = plan.sizes(told)
-    rough = plan.line(Estimator(told, mean.labels), told.strategy, mean)
+    mean = sizes(told)
+    rough = lines.line(Estimator(told, mean.labels), told.strategy, mean)
     assert rough.payload == exact.payload
     assert rough.flops == pytest.approx(exact.flops, rel=0.15)
 
@@ -251,16 +254,16 @@ def test_an_impossible_strategy_says_why() -> None:
 @pytest.fixture(scope="module")
 def choices() -> list[Choice]:
     spec = described(3, ranks=[1, 4, 16], public_sizes=[5, 50, 500], cuts=[1, 3])
-    return advise.every(spec, plan.sizes(spec))
+    return advise.every(spec, sizes(spec))
 
 
 def test_flops_of_a_rank_follow_from_two_others(choices: list[Choice]) -> None:
     spec = described(3, public_sizes=[50])
     for rank in (1, 4, 16):
         sized = spec.replace(tunables=ex.Lora(rank=rank))
-        data = plan.sizes(sized)
+        data = sizes(sized)
         mine = next(c for c in choices if c.strategy == "parameters" and c.rank == rank)
-        again = plan.line(Estimator(sized, data.labels), ex.Parameters(), data)
+        again = lines.line(Estimator(sized, data.labels), ex.Parameters(), data)
         assert replace(mine.line, shares=()) == replace(again, shares=())
 
 
@@ -401,7 +404,7 @@ def test_break_even_is_where_both_send_the_same() -> None:
     """F-04, against a search over numbers of rows."""
     for head in ("shared", "frozen"):
         spec = described(3, ranks=[1, 8, 30]).replace(tunables=ex.Lora(rank=8, head=head))
-        data = plan.sizes(spec)
+        data = sizes(spec)
         model = Estimator(spec, data.labels).model
         even = plan.even_rows(spec, data, Estimator(spec, data.labels))
         for rank, rows in even.items():
@@ -436,9 +439,9 @@ def test_the_plan_section_survives_its_own_text(tmp_path: Path) -> None:
 
 def test_a_meta_pass_leaves_the_model_as_it_was() -> None:
     spec = described(3).replace(training=ex.Training(base_dropout=True))
-    data = plan.sizes(spec)
+    data = sizes(spec)
     estimator = Estimator(spec, data.labels)
-    plan.line(estimator, ex.Parameters(), data)
+    lines.line(estimator, ex.Parameters(), data)
     for small in estimator.shapes.small("whole", more=1):
         whole = small.model.whole
         assert not any(p.requires_grad or p.grad is not None for p in whole.parameters())

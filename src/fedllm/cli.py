@@ -177,19 +177,19 @@ def plan(
 ) -> None:  # fmt: skip
     """Foresee the costs of all three strategies without weights; with limits, say what fits."""
     from fedllm import experiment
-    from fedllm.advise import advise, parse
-    from fedllm.plan import look
-    from fedllm.report import plan as report
+    from fedllm.planning import show
+    from fedllm.planning.advise import advise, parse
+    from fedllm.planning.plan import look
 
     limits = parse(limit) if limit else None
-    report.known(form)
+    show.known(form)
     spec = experiment.load(file, set_ or ())
     found = look(spec)
     advice = None if limits is None else advise(spec, limits)
     if form == "table":
-        report.show(found, advice)
+        show.show(found, advice)
     else:
-        typer.echo(report.text(found, advice, form))
+        typer.echo(show.text(found, advice, form))
 
 
 @app.command()

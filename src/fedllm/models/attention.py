@@ -44,13 +44,14 @@ class Layout:
 
     def __init__(
         self, inputs: Inputs, causal: bool, extra: int, prefix: Tensor | None = None,
-        chosen: Chosen | None = None,
+        chosen: Chosen | None = None, written: bool = False,
     ) -> None:  # fmt: skip
         """
         extra: virtual tokens in every row.  prefix: learnt keys and values of each row,
         [rows, layers * 2, heads, tokens, width].  chosen: what the last block goes on with; its
-        hidden states are ``narrowed`` afterwards.
+        hidden states are ``narrowed`` afterwards.  written: attention in single products.
         """
+        self.attention = _written if written else _fused
         self.chosen = chosen
         self.narrowed: Tensor | None = None
         self.causal, self.prefix = causal, prefix
@@ -119,7 +120,7 @@ def attend(
         mask, causal = run.mask, layout.causal and not layout.before
         if sliding_window and layout.causal and run.length + layout.before > sliding_window:
             mask, causal = _window(run.length, layout.before, sliding_window, q.device), False
-        out = (_plain if q.is_meta else _fused)(q, k, v, mask, causal, scaling, dropout)
+        out = layout.attention(q, k, v, mask, causal, scaling, dropout)
         done.append(out.transpose(1, 2).flatten(0, 1))
         begin += run.rows
     return (done[0] if len(done) == 1 else torch.cat(done))[None], None
@@ -136,14 +137,20 @@ def _fused(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None,
     dropout: float,
 ) -> Tensor:  # fmt: skip
+    if q.is_meta:  # torch would choose another kernel there, one that keeps more
+        shape = None if mask is None else torch.empty_like(mask, dtype=q.dtype)
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, dropout, causal, attn_mask=shape, scale=scale
+        )[0]
+        return out
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale)
 
 
-def _plain(
+def _written(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None,
     dropout: float,
 ) -> Tensor:  # fmt: skip
-    """Written out, for counting FLOPs: torch counts none for fused attention on a CPU."""
+    """For counting FLOPs: torch counts none for fused attention on a CPU."""
     weights = (q @ k.transpose(2, 3)).softmax(-1)
     return weights @ v
 

@@ -216,7 +216,9 @@ class Core(nn.Module):
             known["inputs_embeds"] = self._prompted(inputs)[None]
         else:
             known["input_ids"] = inputs.x[None]
-        layout = Layout(inputs, self.family.decoder, extra, self._past(inputs), chosen)
+        layout = Layout(
+            inputs, self.family.decoder, extra, self._past(inputs), chosen, self.slots.written
+        )
         positions = inputs.positions(extra, layout.before)
         if self.family.decoder:
             known["use_cache"] = False

@@ -55,7 +55,7 @@ def count(
         lengths = torch.full((rows,), length, device="meta")
     inputs = Inputs(x, ((rows, length),), lengths, select)
     counter = FlopCounterMode(display=False)
-    with _eager(core), counter, torch.set_grad_enabled(backward):
+    with _written(core), counter, torch.set_grad_enabled(backward):
         out = functional_call(core, tensors, (inputs,))
         if backward and out.requires_grad:
             out.sum().backward()
@@ -63,15 +63,17 @@ def count(
 
 
 @contextmanager
-def _eager(core: Core) -> Iterator[None]:
-    """The library's own attention, written out (ours is so on the meta device)."""
+def _written(core: Core) -> Iterator[None]:
+    """Attention written out: ours, or the library's own where we have none for the model."""
     config = core.model.config
     before = config._attn_implementation
     if core.family is None:
         config._attn_implementation = "eager"
+    core.slots.written = True
     try:
         yield
     finally:
+        core.slots.written = False
         config._attn_implementation = before
 
 

@@ -20,6 +20,7 @@ class Slots:
 
     def __init__(self) -> None:
         """Nobody's."""
+        self.written = False  # attention in single products, to be counted
         self.sizes: tuple[int, ...] = ()
         self.draws: Sequence[torch.Generator] = ()
 

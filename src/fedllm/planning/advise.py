@@ -10,7 +10,10 @@ from typing import Any
 from fedllm import experiment as ex
 from fedllm.costs import Blueprint
 from fedllm.errors import FedllmError, nearest
-from fedllm.plan import RANKS, SIZE, Estimator, Line, Sizes, line, options, sizes
+from fedllm.planning.estimator import Estimator
+from fedllm.planning.lines import Line, line
+from fedllm.planning.plan import RANKS, SIZE, options
+from fedllm.planning.sizes import Sizes, sizes
 from fedllm.report.tables import amount, size
 from fedllm.strategies.activations import check_cut
 

@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedllm.advise import Advice, Choice
 from fedllm.errors import FedllmError, nearest
-from fedllm.plan import Line, Plan
+from fedllm.planning.advise import Advice, Choice
+from fedllm.planning.lines import Line
+from fedllm.planning.plan import Plan
 from fedllm.report.tables import amount, markdown, size
 
 FORMATS = ("table", "md", "json")

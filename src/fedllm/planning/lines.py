@@ -1,0 +1,374 @@
+"""What a round costs under one strategy: bytes, FLOPs, memory and seconds of every client."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fedllm import costs
+from fedllm import experiment as ex
+from fedllm.costs import PublicSize, Roles
+from fedllm.data.simulation import names
+from fedllm.errors import FedllmError
+from fedllm.models.core import Part
+from fedllm.models.loading import LanguageModel
+from fedllm.planning.estimator import Estimator
+from fedllm.planning.sizes import Batches, Crowd, Rows, Sizes
+from fedllm.strategies.activations import check_cut
+from fedllm.strategies.logits import NO_PUBLIC
+from fedllm.summary import variant
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one client of a crowd pays in a round: bytes, FLOPs, peak bytes, seconds."""
+
+    name: str
+    count: int
+    up: int
+    down: int
+    flops: float
+    memory: int
+    seconds: float
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """
+    What a round costs under one strategy.
+
+    up, down: bytes of whole frames, the mean of the clients; payload: of tensor data.
+    flops: the mean of the clients.  memory: the largest of them.  refused: why this cannot run.
+    """
+
+    strategy: str
+    variant: str
+    up: float = 0.0
+    down: float = 0.0
+    payload: tuple[float, float] = (0.0, 0.0)
+    flops: float = 0.0
+    server_flops: float = 0.0
+    memory: int = 0
+    server_memory: int = 0
+    seconds: float = 0.0
+    messages: int = 0
+    shares: tuple[Share, ...] = field(default=(), repr=False)
+    refused: str = ""
+
+
+def line(estimator: Estimator, spec: ex.Strategy, data: Sizes) -> Line:
+    """What a round costs under this strategy; one that cannot run says why."""
+    makers: dict[str, Callable[[Estimator, Any, Sizes, str], Line]] = {
+        "parameters": _parameters, "logits": _logits, "activations": _activations,
+    }  # fmt: skip
+    estimator.few = data.few
+    named = variant(estimator.experiment.replace(strategy=spec))
+    try:
+        return makers[spec.kind](estimator, spec, data, named)
+    except FedllmError as error:
+        return Line(spec.kind, named, refused=str(error))
+
+
+@dataclass
+class _Bill:
+    """What one client of a crowd has to pay, as it is added up."""
+
+    crowd: Crowd
+    up: Roles
+    down: Roles
+    headers: tuple[int, int]
+    messages: int
+    flops: float
+    memory: int
+    server: float = 0.0
+
+
+def _total(
+    estimator: Estimator, data: Sizes, bills: Sequence[_Bill], kind: str, named: str,
+    server_flops: float, server_memory: int, serial: bool = False,
+) -> Line:  # fmt: skip
+    """Means over the clients, and the seconds of a round of those who take part."""
+    experiment = estimator.experiment
+    codecs = dict(experiment.exchange.codecs)
+    shares, payloads = [], []
+    for bill in bills:
+        site = bill.crowd.site
+        payload = [costs.coded(roles, codecs) for roles in (bill.up, bill.down)]  # type: ignore[arg-type]
+        up, down = (p + h for p, h in zip(payload, bill.headers, strict=True))
+        seconds = bill.flops / site.flops + up / site.up + down / site.down
+        seconds += bill.messages * site.latency
+        shares.append(Share(bill.crowd.name, bill.crowd.count, up, down, bill.flops, bill.memory,
+                            seconds, site.memory))  # fmt: skip
+        payloads.append(payload)
+    present = experiment.exchange.clients_per_round or data.clients
+
+    def mean(values: Sequence[float]) -> float:
+        counted = zip(values, shares, strict=True)
+        return sum(value * share.count for value, share in counted) / data.clients
+
+    mean_up, mean_down = mean([s.up for s in shares]), mean([s.down for s in shares])
+    server = experiment.plan.server
+    own = server_flops * present / server.flops
+    each = [share.seconds for share in shares]
+    seconds = mean(each) * present if serial else max(each)
+    links = present * max(mean_up / (server.down or math.inf), mean_down / (server.up or math.inf))
+    return Line(
+        kind, named, mean_up, mean_down,
+        (mean([p[0] for p in payloads]), mean([p[1] for p in payloads])),
+        mean([share.flops for share in shares]), server_flops * present,
+        max(share.memory for share in shares), server_memory, max(seconds, links) + own,
+        max(bill.messages for bill in bills), tuple(shares),
+    )  # fmt: skip
+
+
+class _Frames:
+    """Headers of what a client is sent and sends."""
+
+    def __init__(self, estimator: Estimator, data: Sizes, kind: str, crowd: Crowd) -> None:
+        experiment = estimator.experiment
+        self.run = f"{experiment.name}-{kind}-{experiment.seeds[0]}"
+        alike = crowd.count > 1 or bool(experiment.plan.rows)
+        self.client = names(data.clients)[0] if alike else crowd.name
+        self.down = self.up = self.messages = 0
+
+    def add(
+        self, direction: str, step: str, task: str = "", role: str = "", times: int = 1,
+        sent: Mapping[str, tuple[int, ...]] | None = None, **facts: Any,
+    ) -> None:  # fmt: skip
+        """So many frames of a kind."""
+        size = costs.header(sent or {}, role, step, task, facts, self.run, self.client) * times
+        self.messages += times
+        if direction == "up":
+            self.up += size
+        else:
+            self.down += size
+
+
+LOSS = 1.2345678901234567  # as long as most numbers are when they are written out
+
+
+def _shapes(model: LanguageModel, which: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(model.initial[name].shape) for name in which}
+
+
+def _below(est: Estimator, rows: Rows, begin: int, shown: int) -> tuple[float, int, int]:
+    """
+    What running the lowest blocks once for each row costs: FLOPs in the mean round, bytes kept,
+    and the most bytes at once. Nothing where no block is frozen, or few rows are shown.
+    """
+    if not begin or not len(rows.lengths) or shown < len(rows.lengths):
+        return 0.0, 0, 0
+    batches = est.in_order(rows, est.training.batch_size)
+    once = est.flops(batches, "client", False, begin) / est.experiment.rounds
+    kept = rows.size.tokens * est.model.width * costs.FLOAT
+    peak = est.held(est.model.whole) + est.most("forward", "client", batches, begin)
+    return once, kept, peak + kept
+
+
+def _fits(est: Estimator, crowd: Crowd, begin: int) -> int:
+    """``begin``, unless a client's states would fill more than a quarter of its memory."""
+    kept = crowd.train.size.tokens * est.model.width * costs.FLOAT
+    limit = crowd.site.memory
+    return 0 if limit is not None and kept > limit / 4 else begin
+
+
+def _fitting(est: Estimator, crowd: Crowd, data: Sizes) -> tuple[float, int, int, int]:
+    """(FLOPs, peak bytes, bytes kept of frozen blocks, begin) of a round of local training."""
+    begin = _fits(est, crowd, est.begin)
+    private = est.private(crowd, data.longest)
+    once, kept, peak = _below(est, crowd.train, begin, len(crowd.train.lengths))
+    if kept:
+        kept += crowd.held_out * est.model.width * costs.FLOAT
+    whole = est.model.whole
+    base = est.held(whole) + est.reserved(whole) + kept
+    memory = max(base + est.most("train", "whole", est.heaviest(data), begin=begin), peak)
+    return once + est.flops(private, "whole", True, begin=begin), memory, kept, begin
+
+
+def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) -> Line:
+    sent = _shapes(est.model, costs.travelling(est.model))
+    up, down = costs.parameters_payload(est.model)
+    bills = []
+    for crowd in data.crowds:
+        frames = _Frames(est, data, "parameters", crowd)
+        frames.add("down", "a1", "train", "parameter", sent=sent)
+        frames.add("up", "a3", "", "parameter", sent=sent, weight=float(len(crowd.train.lengths)),
+                   loss=LOSS)  # fmt: skip
+        flops, memory, _, _ = _fitting(est, crowd, data)
+        bills.append(_Bill(crowd, {"parameter": up}, {"parameter": down}, (frames.up, frames.down),
+                           frames.messages, flops, memory))  # fmt: skip
+    present = est.experiment.exchange.clients_per_round or data.clients
+    return _total(est, data, bills, "parameters", named, 0.0, (present + 1) * up)
+
+
+def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
+    experiment, model, training = est.experiment, est.model, est.training
+    if not len(data.public.lengths):
+        raise FedllmError(NO_PUBLIC)
+    every = len(data.public.lengths)
+    drawn = min(experiment.public.rows_per_round or every, every)
+    rows = data.public.resized(drawn)
+    size = PublicSize(drawn, rows.size.tokens, rows.size.units)
+    up, down = costs.logits_payload(model, size)
+    index = 2 * drawn * costs.INT
+    looked = est.in_order(rows, experiment.evaluation.batch_size)
+    learnt = est.anew(rows, spec.batch_size or training.batch_size, data.longest, spec.epochs)
+    shown = experiment.rounds * drawn
+
+    def public(begin: int) -> tuple[float, int, int, int]:
+        """FLOPs of looking and of learning, peak bytes beside weights, and bytes kept."""
+        once, kept, peak = _below(est, data.public, begin, shown)
+        begin = begin if kept else 0
+        look = est.flops(looked, "whole", False, begin=begin)
+        learn = est.flops(learnt, "whole", True, begin=begin)
+        most = max(
+            est.most("forward", "whole", looked, begin=begin),
+            est.reserved(model.whole) + est.most("distil", "whole", learnt, begin=begin, goal=spec),
+        )
+        return once + look + learn, most, kept, peak
+
+    bills = []
+    for crowd in data.crowds:
+        frames = _Frames(est, data, "logits", crowd)
+        frames.add("down", "b1", "know", "index", sent={"rows": (drawn,)}, public="0" * 16)
+        shape = {"logits": (size.units, model.outputs)}
+        frames.add("up", "b3", "", "logit", sent=shape, weight=float(drawn), loss=LOSS)
+        frames.add("down", "b7", "digest", "logit", sent={**shape, "rows": (drawn,)})
+        frames.add("up", "b8", loss=LOSS)
+        flops, memory, kept, begin = _fitting(est, crowd, data)
+        more, most, beside, peak = public(begin)
+        memory = max(memory + beside, est.held(model.whole) + most + kept + beside, peak + kept)
+        bills.append(_Bill(crowd, {"logit": up}, {"logit": down - index, "index": index},
+                           (frames.up, frames.down), frames.messages, flops + more,
+                           memory))  # fmt: skip
+    present = experiment.exchange.clients_per_round or data.clients
+    server, server_memory = 0.0, (present + 1) * up
+    if spec.server_model:
+        server, most, kept, peak = public(est.begin)
+        server_memory = max(server_memory, est.held(model.whole) + most + kept, peak)
+    found = _total(est, data, bills, "logits", named, server / present, server_memory)
+    if spec.client_models:
+        return replace(found, variant=f"{named} (every client with the server's model)")
+    return found
+
+
+def _activations(est: Estimator, spec: ex.Activations, data: Sizes, named: str) -> Line:
+    model, experiment = est.model, est.experiment
+    cut = check_cut(spec, model)
+    home = spec.labels == "client"
+    parts: list[Part] = ["client", "tail"] if home else ["client"]
+    mine = sorted({n for part in parts for n in model.tunables_of(model.part(part, cut))})
+    mine = [n for n in mine if n in costs.travelling(model)]
+    half = costs.tunable_bytes(model, mine)
+    sent = _shapes(model, mine)
+    batch_of = {crowd.name: est.private(crowd, data.longest) for crowd in data.crowds}
+    most = max(len(batches) for batches in batch_of.values())
+    bills = []
+    for crowd in data.crowds:
+        private = batch_of[crowd.name]
+        number, every = len(private), spec.average_every
+        averages = -(-most // every) if every else 1
+        uploads = -(-number // every) if every else 1
+        up, down = costs.activations_roles(
+            model, spec, crowd.train.size, experiment.training.epochs, half, averages, uploads
+        )
+        frames = _split_frames(est, data, crowd, private, home, sent, averages, uploads)
+        flops, memory, server = _split_client(est, crowd, private, est.heaviest(data), cut, home)
+        bills.append(_Bill(crowd, up, down, (frames.up, frames.down), frames.messages, flops,
+                           memory, server))  # fmt: skip
+    server_flops = sum(bill.server * bill.crowd.count for bill in bills) / data.clients
+    memory = _split_server(est, spec, data, cut, home)
+    serial = spec.server == "sequential"
+    return _total(est, data, bills, "activations", named, server_flops, memory, serial)
+
+
+def _split_frames(
+    est: Estimator, data: Sizes, crowd: Crowd, private: Batches, home: bool,
+    sent: dict[str, tuple[int, ...]], averages: int, uploads: int,
+) -> _Frames:  # fmt: skip
+    """What crosses for the batches of a round, and for its averages."""
+    frames, number = _Frames(est, data, "activations", crowd), len(private)
+    cells, rows = int(private.tokens.mean()), int(private.rows.mean())
+    hidden = (cells, est.model.width)
+    bare = {"hidden": hidden, "lengths": (rows,)}
+    facts = {"left": 10, "number": 10, "units": rows}
+    frames.add("down", "c1", "forward", times=number)
+    shapes = bare if home else {**bare, "labels": (rows,)}
+    frames.add("up", "c2", "", "activation", number, shapes, **facts)
+    if home:
+        frames.add("down", "c3", "head", "activation", number, {"hidden": hidden})
+        frames.add("up", "c3", "", "gradient", number, {"gradient": hidden}, loss=LOSS)
+    frames.add("down", "c4", "backward", "gradient", number, {"gradient": hidden})
+    frames.add("up", "c5", times=number)
+    frames.add("down", "cc1", "collect", times=uploads)
+    frames.add("up", "cc1", "", "parameter", uploads, sent)
+    frames.add("down", "cc3", "replace", "parameter", averages, sent)
+    frames.add("up", "cc4", times=averages)
+    return frames
+
+
+def _split_client(
+    est: Estimator, crowd: Crowd, private: Batches, heaviest: Batches, cut: int, home: bool
+) -> tuple[float, int, float]:
+    """(FLOPs, peak bytes) of a client's side, and FLOPs of the server's for its batches."""
+    model = est.model
+    begin = min(_fits(est, crowd, est.begin), cut)
+    once, kept, peak = _below(est, crowd.train, begin, len(crowd.train.lengths))
+    core = model.part("client", cut, begin)
+    flops = once + est.flops(private, "client", True, cut, begin)
+    held = est.held(core) + est.reserved(core)
+    if kept:
+        held += est.held(model.part("client", begin)) + kept
+        held += crowd.held_out * model.width * costs.FLOAT
+    memory = max(peak, held + _waiting(est, "client", heaviest, cut, begin))
+    if home:
+        tail = model.part("tail", cut)
+        flops += est.flops(private, "tail", True, cut, input_grad=True)
+        memory = max(
+            memory, est.held(tail) + est.reserved(tail) + _waiting(est, "tail", heaviest, cut)
+        )
+    server = est.flops(private, "body" if home else "server", True, cut, input_grad=True)
+    return flops, memory, server
+
+
+def _waiting(est: Estimator, part: Part, batches: Batches, cut: int, begin: int = 0) -> int:
+    """The most bytes of a half's pass, forward and back, over the largest batch."""
+    found = 0
+    for shape in batches.largest():
+        peak, left, back = est.live("half", part, shape, cut, begin)
+        found = max(found, peak, left + back)
+    return found
+
+
+def _split_server(est: Estimator, spec: ex.Activations, data: Sizes, cut: int, home: bool) -> int:
+    """Peak bytes of the server's side."""
+    part: Part = "body" if home else "server"
+    core = est.model.part(part, cut)
+    present = est.experiment.exchange.clients_per_round or data.clients
+    own = est.reserved(core) * (present if spec.server == "per-client" else 1)
+    batches = est.heaviest(data)
+    if spec.server == "concatenated":
+        batches = _side_by_side(est, data, present / data.clients)
+    return est.held(core) + own + _waiting(est, part, batches, cut)
+
+
+def _side_by_side(est: Estimator, data: Sizes, share: float) -> Batches:
+    """The clients' first batches as one, their second ones, and so on; of a share of them."""
+    mine = [(crowd.count, est.private(crowd, data.longest)) for crowd in data.crowds]
+    columns = []
+    for i in range(max(len(batches) for _, batches in mine)):
+        there = [(count, batches) for count, batches in mine if i < len(batches)]
+        longest = max(int(b.lengths[i]) for _, b in there)
+        cells = sum(count * int(b.rows[i] * b.lengths[i]) for count, b in there) * share
+        tokens, units = (
+            round(sum(count * int(getattr(b, name)[i]) for count, b in there) * share)
+            for name in ("tokens", "units")
+        )
+        rows = max(round(cells / longest), 1)
+        columns.append((rows, longest, min(tokens, rows * longest), units))
+    return Batches(*np.array(columns, np.int64).T)

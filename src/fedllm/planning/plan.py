@@ -1,0 +1,113 @@
+"""The plan of an experiment: the three strategies side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fedllm import costs
+from fedllm import experiment as ex
+from fedllm.planning.estimator import Estimator
+from fedllm.planning.lines import Line, line
+from fedllm.planning.sizes import Sizes, sizes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    The three strategies side by side.
+
+    base, tunable: numbers in the model.  break_even: public rows a round below which logits send
+    less than parameters, by rank (or what takes its place), head included.
+    """
+
+    title: str
+    base: int
+    tunable: int
+    lines: tuple[Line, ...]
+    break_even: dict[int, float]
+    facts: dict[str, str]
+    notes: tuple[str, ...]
+
+
+SIZE = {"lora": "rank", "adapter": "width", "prompt": "tokens", "prefix": "tokens"}
+"""The key that says how large the tunables are."""
+
+
+def options(experiment: ex.Experiment) -> list[ex.Strategy]:
+    """The three strategies as the file has them: ``[strategy]`` for its own, else ``[compare]``."""
+    own = experiment.strategy
+    listed: list[ex.Strategy] = [
+        experiment.compare.parameters, experiment.compare.logits, experiment.compare.activations
+    ]  # fmt: skip
+    return [own if spec.kind == own.kind else spec for spec in listed]
+
+
+def look(experiment: ex.Experiment) -> Plan:
+    """Plan the experiment. Raises FedllmError for what a run would refuse whatever the strategy."""
+    data = sizes(experiment)
+    estimator = Estimator(experiment, data.labels)
+    lines = tuple(line(estimator, spec, data) for spec in options(experiment))
+    return plan_of(experiment, data, estimator, lines)
+
+
+def plan_of(
+    experiment: ex.Experiment, data: Sizes, estimator: Estimator, lines: tuple[Line, ...]
+) -> Plan:
+    """The plan around these lines."""
+    model = estimator.model
+    count = sum(tensor.numel() for tensor in model.initial.values())
+    rows = sum(len(crowd.train.lengths) * crowd.count for crowd in data.crowds)
+    tokens = sum(crowd.train.size.tokens * crowd.count for crowd in data.crowds)
+    facts = {
+        "model": f"{model.name} ({model.model.config.model_type}, {model.blocks} blocks, width "
+                 f"{model.width})",
+        "clients": f"{data.clients:,} with {rows / data.clients:,.1f} rows, "
+                   f"{tokens / max(rows, 1):.1f} tokens a row",
+        "public rows": f"{len(data.public.lengths):,}",
+    }  # fmt: skip
+    return Plan(
+        f"{experiment.name}: plan", model.base_bytes // 4, count, lines,
+        even_rows(experiment, data, estimator), facts,
+        (*data.notes, *_notes(experiment, estimator)),
+    )  # fmt: skip
+
+
+def even_rows(experiment: ex.Experiment, data: Sizes, estimator: Estimator) -> dict[int, float]:
+    """F-04: the break-even number of public rows of each rank, from the actual payload."""
+    model, spec = estimator.model, experiment.tunables
+    per_row = 1.0
+    if not model.classification:
+        public = data.public if len(data.public.lengths) else data.crowds[0].train
+        per_row = public.size.units / max(public.size.rows, 1)
+    now = costs.break_even(model, per_row)
+    key = SIZE.get(spec.kind)
+    if key is None:
+        return {0: now}
+    # what travels beside the head is proportional to the rank (an adapter's outer bias is not)
+    current = getattr(spec, key)
+    head = costs.tunable_bytes(model, [n for n in costs.travelling(model) if n in model.head])
+    fixed = head + sum(t.numel() * 4 for n, t in model.initial.items() if n.endswith("up.bias"))
+    size = costs.parameters_payload(model)[0]
+    ranks = sorted({*(experiment.plan.ranks or RANKS), current})
+    return {r: now * (fixed + (size - fixed) * r / current) / size for r in ranks}
+
+
+RANKS = (2, 4, 8, 16, 32)
+
+
+def _notes(experiment: ex.Experiment, estimator: Estimator) -> Iterator[str]:
+    model = estimator.model
+    if estimator.begin:
+        yield (
+            f"{model.untouched} of {model.blocks} blocks lie below everything that is trained: "
+            "they run once for each row (model.cache), spread here over the rounds"
+        )
+    if experiment.model.precision == "bf16":
+        yield "memory is that of float32; bf16 keeps less between forward and backward"
+    if model.family is None:
+        kind = model.model.config.model_type
+        yield f"models of type {kind!r}: memory with attention written out, an upper bound"
+    unknown = {c for c in experiment.exchange.codecs.values() if c not in costs.SHARE}
+    if unknown:
+        yield f"codecs {sorted(unknown)}: their savings are not foreseen, bytes are without them"

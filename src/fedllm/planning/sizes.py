@@ -1,0 +1,217 @@
+"""How much data everybody has: what ``[plan]`` says of it, else what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fedllm import experiment as ex
+from fedllm import federation
+from fedllm.costs import ClientSize
+from fedllm.data.examples import Examples
+from fedllm.errors import FedllmError
+from fedllm.flat import Ints
+from fedllm.models.loading import load_config
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows: tokens and predicted units of each."""
+
+    lengths: Ints
+    targets: Ints
+
+    @staticmethod
+    def of(examples: Examples | None) -> Rows:
+        """Those of a tokenized set."""
+        if examples is None:
+            return Rows.alike(0, 1, 1)
+        return Rows(examples.lengths, examples.targets)
+
+    @staticmethod
+    def alike(count: int, tokens: float, targets: float) -> Rows:
+        """So many rows with these means."""
+        return Rows(_spread(count, tokens), _spread(count, targets))
+
+    @property
+    def size(self) -> ClientSize:
+        """What byte formulas take."""
+        return ClientSize(len(self.lengths), int(self.lengths.sum()), int(self.targets.sum()))
+
+    def resized(self, count: int) -> Rows:
+        """So many of them, again from the first where there are fewer."""
+        return Rows(np.resize(self.lengths, count), np.resize(self.targets, count))
+
+
+def _spread(count: int, mean: float) -> Ints:
+    """Whole numbers with this mean, as near to each other as can be."""
+    ends = np.round(np.arange(count + 1) * mean).astype(np.int64)
+    return np.maximum(np.diff(ends), 1)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Rows, padded length, tokens and predicted units of some batches."""
+
+    rows: Ints
+    lengths: Ints
+    tokens: Ints
+    units: Ints
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @staticmethod
+    def of(rows: Rows, groups: Sequence[Sequence[int]], pad_to: int | None = None) -> Batches:
+        """Those that hold these row numbers."""
+        starts = np.cumsum([0, *map(len, groups)])[:-1]
+        flat = np.concatenate([np.asarray(g, np.int64) for g in groups])
+        lengths, targets = rows.lengths[flat], rows.targets[flat]
+        longest = np.maximum.reduceat(lengths, starts)
+        return Batches(
+            np.array([len(g) for g in groups], np.int64), np.maximum(longest, pad_to or 0),
+            np.add.reduceat(lengths, starts), np.add.reduceat(targets, starts),
+        )  # fmt: skip
+
+    @staticmethod
+    def joined(parts: Sequence[Batches]) -> Batches:
+        """All of them."""
+        none = np.zeros(0, np.int64)
+        columns = ("rows", "lengths", "tokens", "units")
+        return Batches(*(np.concatenate([none, *(getattr(p, c) for p in parts)]) for c in columns))
+
+    def largest(self) -> list[Shape]:
+        """The shapes among which the one that takes most memory is."""
+        cells = self.rows * self.lengths
+        found = {int(cells.argmax())}
+        if bool((self.units != self.rows).any()):  # token logits, which may weigh more
+            found.add(int(self.units.argmax()))
+        return [
+            Shape(int(self.rows[i]), int(self.lengths[i]), int(self.tokens[i]) == int(cells[i]),
+                  int(self.units[i]))
+            for i in sorted(found)
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One batch: rows, their padded length, whether none is padded, predicted units."""
+
+    rows: int
+    length: int
+    full: bool
+    units: int
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Clients that are alike: how many, their rows, tokens held out, and their machines."""
+
+    name: str
+    count: int
+    train: Rows
+    held_out: int
+    site: ex.PlanSite
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Everybody's rows, and those that are public; labels; the longest row there may be."""
+
+    crowds: tuple[Crowd, ...]
+    public: Rows
+    labels: int
+    longest: int
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def few(self) -> bool:
+        """Whether rows have two lengths at most."""
+        found = [np.unique(rows.lengths) for rows in (self.public, *(c.train for c in self.crowds))]
+        return len(np.unique(np.concatenate(found))) < 3
+
+    @property
+    def clients(self) -> int:
+        """How many there are."""
+        return sum(crowd.count for crowd in self.crowds)
+
+
+def sizes(experiment: ex.Experiment) -> Sizes:
+    """
+    What ``[plan]`` says of the data; what it leaves out is measured.
+
+    Raises FedllmError for whatever a run would refuse of its data.
+    """
+    spec = experiment.plan
+    labels = spec.labels or len(experiment.data.labels)
+    told = spec.tokens is not None and (
+        spec.rows is not None or (bool(spec.sites) and all(site.rows for site in spec.sites))
+    )
+    named = spec.public_rows is not None or experiment.public.size or not experiment.public.source
+    if told and named and (labels or experiment.task.kind != "classification"):
+        return _described(experiment, labels, None)
+    prepared = federation.prepare(experiment, experiment.seeds[0])
+    labels = labels or len(prepared.labels)
+    if spec.rows is not None or spec.tokens is not None or any(s.rows for s in spec.sites):
+        return _described(experiment, labels, prepared)
+    sites = [site for site in _sites(experiment) for _ in range(site.count)]
+    crowds = tuple(
+        Crowd(name, 1, Rows.of(data.train), data.test.tokens, site)
+        for (name, data), site in zip(prepared.clients.items(), sites, strict=True)
+    )
+    public = _public(experiment, Rows.of(prepared.public))
+    return Sizes(crowds, public, labels, prepared.longest, prepared.notes)
+
+
+def _sites(experiment: ex.Experiment) -> tuple[ex.PlanSite, ...]:
+    return experiment.plan.sites or (ex.PlanSite(count=experiment.simulation.clients),)
+
+
+def _described(
+    experiment: ex.Experiment, labels: int, prepared: federation.Prepared | None
+) -> Sizes:
+    """Everybody with the same means: those of ``[plan]``, else of the data."""
+    spec = experiment.plan
+    read = None if prepared is None else Rows.of(prepared.clients.train).size
+    tokens, mean = spec.tokens, 0.0
+    if read is not None:
+        tokens = tokens or read.tokens / read.rows
+        mean = read.rows / experiment.simulation.clients
+    assert tokens is not None
+    longest = prepared.longest if prepared else _longest(experiment)
+    if tokens > longest:
+        raise FedllmError(
+            f"plan.tokens = {tokens:g}: a row has at most {longest} tokens (data.max_tokens)"
+        )
+    per_row = 1.0 if experiment.task.kind == "classification" else (
+        spec.targets or (read.units / read.rows if read else max(tokens - 1, 1))
+    )  # fmt: skip
+    crowds = tuple(
+        Crowd(site.name, site.count, Rows.alike(site.rows or spec.rows or round(mean), tokens,
+                                                min(per_row, tokens)), 0, site)
+        for site in _sites(experiment)
+    )  # fmt: skip
+    known = Rows.of(prepared.public) if prepared else Rows.alike(
+        experiment.public.size, tokens, per_row
+    )  # fmt: skip
+    return Sizes(crowds, _public(experiment, known, tokens), labels, longest)
+
+
+def _longest(experiment: ex.Experiment) -> int:
+    limit = int(getattr(load_config(experiment.model), "max_position_embeddings", 512))
+    limit -= getattr(experiment.tunables, "tokens", 0)
+    return experiment.data.max_tokens or min(limit, 512)
+
+
+def _public(experiment: ex.Experiment, known: Rows, tokens: float = 0.0) -> Rows:
+    """The public rows, as ``[plan]`` has them or as they are."""
+    spec = experiment.plan
+    count = len(known.lengths) if spec.public_rows is None else spec.public_rows
+    if spec.public_tokens is None and (count == len(known.lengths) or len(known.lengths)):
+        return known.resized(count)
+    mean = spec.public_tokens or tokens
+    targets = 1.0 if experiment.task.kind == "classification" else max(mean - 1, 1)
+    return Rows.alike(count, mean, targets)

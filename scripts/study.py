@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -67,12 +66,21 @@ class Point:
 
 
 def points(folder: Path, key: str) -> list[Point]:
-    """The points of a sweep, as far as their runs are complete."""
-    found = []
-    for path in sorted(folder.glob("*=*")):
-        runs = [json.loads(one.read_text()) for one in sorted(path.glob("seed-*/summary.json"))]
-        if runs:
-            found.append(_point(path, runs, key))
+    """
+    The points of a sweep, as far as their runs are complete.
+
+    Only of seeds that all of them have: a mean over other seeds compares nothing.
+    """
+    runs = {
+        path: {run["seed"]: run for one in path.glob("seed-*/summary.json")
+               for run in [read(one.parent)]}
+        for path in sorted(folder.glob("*=*"))
+    }  # fmt: skip
+    runs = {path: there for path, there in runs.items() if there}
+    shared = sorted(set.intersection(*map(set, runs.values()))) if runs else []
+    if not shared:
+        return []
+    found = [_point(path, [there[seed] for seed in shared], key) for path, there in runs.items()]
     return sorted(found, key=lambda p: (p.scaled, p.value))
 
 
@@ -100,28 +108,64 @@ def _point(path: Path, runs: Sequence[dict[str, Any]], key: str) -> Point:
 # trends -----------------------------------------------------------------------------------------
 
 
+SLACK = 0.005  # of accuracy: a smaller fall from one value to the next is taken for none
+
+
 def rises(listed: Sequence[Point]) -> tuple[bool, str]:
-    """Whether the mean accuracy rises from value to value."""
-    holds = all(a.accuracy < b.accuracy for a, b in itertools.pairwise(listed))
+    """
+    Whether the mean accuracy rises with the value.
+
+    The last is better than the first by more than SLACK, none worse than the one before by more.
+    """
+    holds = listed[-1].accuracy - listed[0].accuracy > SLACK and all(
+        a.accuracy - b.accuracy <= SLACK for a, b in itertools.pairwise(listed)
+    )
     said = ", ".join(f"{p.value}: {p.accuracy:.1%} ± {p.spread:.1%}" for p in listed)
     return holds, said
 
 
+NEARLY = 0.05  # rows differ in length, so no more is asked of what depends on them
+FLAT = 0.25
+
+
 def proportional(
-    listed: Sequence[Point], of: Callable[[Point], float], tolerance: float
+    listed: Sequence[Point], of: Callable[[Point], float], tolerance: float, unit: str = "B"
 ) -> tuple[bool, str]:
-    """Whether a cost grows like the value: cost / value the same everywhere, within tolerance."""
+    """
+    Whether a cost grows like the value: cost / value the same everywhere, within tolerance.
+
+    Says, too, what a line through the first and last point has where the value is 0.
+    """
     rates = [of(point) / point.value for point in listed]
     worst = max(rates) / min(rates) - 1
-    return worst <= tolerance, f"cost / value differs by {worst:.1%} at most"
+    first, last = listed[0], listed[-1]
+    slope = (of(last) - of(first)) / (last.value - first.value)
+    start = of(first) - slope * first.value
+    said = f"cost / value differs by {worst:.2%} at most"
+    if worst > tolerance:
+        said += f": {tables.amount('flops', start) if unit == 'FLOP' else tables.size(start)} plus "
+        said += f"{slope / 1e6:,.1f} M{unit} each"
+    return worst <= tolerance, said
+
+
+def largest(what: str, mine: Sequence[Point], *others: Sequence[Point]) -> tuple[bool | None, str]:
+    """Whether the last of mine costs more than all others; None where one is not measured yet."""
+    ours = getattr(mine[-1], what)
+    show = tables.size if what == "bytes" else lambda v: f"{v / 1e9:,.0f} GFLOP"
+    said = f"{show(ours)} at {mine[-1].value}"
+    if not all(others):
+        return None, f"{said}; not every other grid is measured"
+    most = max(getattr(p, what) for listed in others for p in listed)
+    return ours > most, f"{said}, others at most {show(most)}"
 
 
 def trends(found: dict[str, list[Point]]) -> list[tuple[str, str, str]]:
     """The paper's seven trends: (what it says, holds or not, our numbers)."""
     lines = []
 
-    def add(what: str, holds: bool, said: str) -> None:
-        lines.append((what, "holds" if holds else "**does not hold**", said))
+    def add(what: str, holds: bool | None, said: str) -> None:
+        verdict = {True: "holds", False: "**does not hold**", None: "open"}[holds]
+        lines.append((what, verdict, said))
 
     rank = [p for p in found.get("rank", []) if not p.scaled]
     scaled = [p for p in found.get("rank", []) if p.scaled or p.value == 8]
@@ -147,42 +191,38 @@ def trends(found: dict[str, list[Point]]) -> list[tuple[str, str, str]]:
         head = lora[0][1] - step * lora[0][0]
         exact = all(abs(size - head - step * value) < 1 for value, size in lora)
         flat = max(p.flops for p in rank) / min(p.flops for p in rank) - 1
-        add(
-            "5. Parameters: bytes are proportional to the rank, computation nearly flat",
-            exact and flat < 0.25 and head == 0,
-            f"bytes are {step:,.0f} x r {'exactly ' if exact else ''}plus {head:,.0f} of the head, "
-            f"which the paper does not mention; FLOPs differ by {flat:.1%}",
-        )
+        add("5a. Parameters: bytes of LoRA are proportional to the rank", exact,
+            f"{step:,.0f} bytes up x r {'exactly' if exact else 'on average'}; the head adds "
+            f"{head:,.0f} bytes whatever the rank, which the paper does not mention")  # fmt: skip
+        add("5b. Parameters: computation is nearly flat in the rank", flat < FLAT,
+            f"FLOPs differ by {flat:.1%}")  # fmt: skip
     if len(public) > 1:
-        sent, said = proportional(public, lambda p: p.roles["logit"], 0.001)
-        more = [p.flops for p in public]
-        private = more[0] - (more[-1] - more[0]) * public[0].value / (
-            public[-1].value - public[0].value
-        )
-        most = not (rank and samples) or more[-1] > max(p.flops for p in [*rank, *samples])
         add(
-            "6. Logits: bytes and computation are proportional to the public set; the largest "
-            "computation",
-            sent and private < 0.05 * more[0] and most,
-            f"payload: {said}; FLOPs are {private / 1e9:,.0f} G of private training plus "
-            f"{(more[-1] - private) / public[-1].value / 1e6:,.0f} M a public row; the largest: "
-            f"{'yes' if most else 'no'} ({more[-1] / 1e9:,.0f} G)",
+            "6a. Logits: bytes are proportional to the public set",
+            *proportional(public, lambda p: p.roles["logit"], 0.001),
         )
+        add(
+            "6b. Logits: computation is proportional to the public set",
+            *proportional(public, lambda p: p.flops, NEARLY, "FLOP"),
+        )
+        add("6c. Logits: the largest computation", *largest("flops", public, rank, samples))
     if len(samples) > 1:
-        sent, said = proportional(samples, lambda p: p.roles["activation"], 0.05)
-        work, other = proportional(samples, lambda p: p.flops, 0.05)
-        most = not (rank and public) or samples[-1].bytes > max(p.bytes for p in [*rank, *public])
         add(
-            "7. Activations: bytes and computation are proportional to the training rows; the most "
-            "bytes",
-            sent and work and most,
-            f"payload: {said} (rows differ in length); FLOPs: {other}; the most bytes: "
-            f"{'yes' if most else 'no'} ({tables.size(samples[-1].bytes)})",
+            "7a. Activations: bytes are proportional to the training rows",
+            *proportional(samples, lambda p: p.roles["activation"], NEARLY),
         )
+        add(
+            "7b. Activations: computation is proportional to the training rows",
+            *proportional(samples, lambda p: p.flops, NEARLY, "FLOP"),
+        )
+        add("7c. Activations: the most bytes", *largest("bytes", samples, rank, public))
     return lines
 
 
 # table I ----------------------------------------------------------------------------------------
+
+
+MIDDLE = 8  # the rank that stands for parameters in table I
 
 
 def stars(found: dict[str, list[Point]]) -> list[list[str]]:
@@ -193,7 +233,7 @@ def stars(found: dict[str, list[Point]]) -> list[list[str]]:
     most, one less for each factor of 4 begun below. FLOPs: the same for each factor of 1.5.
     """
     chosen = {
-        "parameters": next(p for p in found["rank"] if p.value == 8),
+        "parameters": next(p for p in found["rank"] if p.value == MIDDLE),
         "logits": found["public"][-1], "activations": found["samples"][-1],
     }  # fmt: skip
     best = max(p.accuracy for p in chosen.values())
@@ -215,13 +255,19 @@ def break_even(found: dict[str, list[Point]]) -> str:
     """Public rows below which logits send less than parameters, from the actual payload."""
     logit = found["public"][-1]
     row = logit.roles["logit"] / logit.value
-    said = ", ".join(
-        f"{p.roles['parameter'] / row:,.0f} at r = {p.value}" for p in found["rank"] if not p.scaled
+    rank = [p for p in found["rank"] if not p.scaled]
+    even = {p.value: p.roles["parameter"] / row for p in rank}
+    said = ", ".join(f"{rows:,.0f} at r = {value}" for value, rows in even.items())
+    dearer = [value for value, rows in even.items() if logit.value > rows]
+    verdict = (
+        f"With {logit.value:,} public rows they send more at r = {', '.join(map(str, dearer))}: "
+        "that logits are always cheapest for classification, as the paper says, does not hold."
+        if dearer
+        else f"With {logit.value:,} public rows they send less at every rank, as the paper says."
     )
     return (
         f"A public row costs {row:,.0f} bytes of logits. So logits send less than parameters (head "
-        f"included) only below this many public rows a round: {said}. That logits are always "
-        "cheapest for classification, as the paper says, does not hold."
+        f"included) only below this many public rows a round: {said}. {verdict}"
     )
 
 
@@ -293,7 +339,7 @@ def write_csv(found: dict[str, list[Point]], folder: Path) -> None:
 
 def page(found: dict[str, list[Point]], bounds: dict[str, float]) -> str:
     """README.md of the study."""
-    seeds = {grid: sorted({s for p in listed for s in p.seeds}) for grid, listed in found.items()}
+    seeds = {grid: list(listed[0].seeds) for grid, listed in found.items()}
     lines = [
         "# The paper's case study, at CPU scale", "",
         "Made by `make study` (`fedllm sweep experiments/study/<grid>.toml --jobs 2`, then",
@@ -309,13 +355,14 @@ def page(found: dict[str, list[Point]], bounds: dict[str, float]) -> str:
     if bounds:
         said = ", ".join(f"{name} {value:.1%}" for name, value in bounds.items())
         lines += [f"Bounds with the same settings: {said}.", ""]
-    if all(found.get(grid) for grid in GRIDS):
+    ready = any(p.value == MIDDLE for p in found.get("rank", []))
+    if ready and all(found.get(grid) for grid in GRIDS):
         header = ["", "accuracy: ours (paper)", "bytes", "client's FLOPs"]
         rule = " ".join((stars.__doc__ or "").split("\n\n")[1].split())
         lines += [
             "## Table I, measured", "", tables.markdown(header, stars(found)), "",
             f"Stars, more for more of it. Our rule: {rule} In brackets the paper's.", "",
-            "## Where the numbers contradict the paper", "", break_even(found), "",
+            "## Break-even, and what padding would cost", "", break_even(found), "",
             padded(found), "",
         ]  # fmt: skip
     return "\n".join(lines)
@@ -342,4 +389,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FedllmError as error:
+        sys.exit(f"error: {error}")

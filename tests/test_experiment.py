@@ -158,3 +158,12 @@ def test_a_folder_of_an_older_version_agrees_and_another_experiments_does_not(
         (tmp_path / "experiment.toml").write_text(text)
         with pytest.raises(FedllmError, match="holds another experiment"):
             ex.agree(tmp_path / "experiment.toml", spec)
+
+
+def test_what_looks_like_a_variable_is_written_as_text(tmp_path: Path) -> None:
+    spec = ex.parse({}, "test", tmp_path)
+    data = spec.data.model_copy(update={"labels": ("${PRICE}", "$${HOME}", "${A:-b}", "$5 {x}")})
+    text = ex.dump(spec.replace(data=data))
+    for foreign in (False, True):
+        found = ex.parse_text(text, "again", tmp_path, foreign=foreign)
+        assert found.data.labels == data.labels

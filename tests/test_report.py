@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from fedllm import experiment as ex
 from fedllm.errors import FedllmError
 from fedllm.federation import Silent
 from fedllm.ledger import Row, read, total
-from fedllm.report import budget, joint, ledgers, page, plots, sheets, sinks, tables
+from fedllm.report import budget, drawing, joint, ledgers, page, plots, sheets, sinks, tables
 from fedllm.report.gather import gather
 from fedllm.report.watch import Watch
 from fedllm.summary import summarize
@@ -344,6 +345,92 @@ def test_other_held_out_rows_are_other_data(tmp_path: Path) -> None:
         joint.refuse(gather(folders))
 
 
+def test_other_sites_are_another_split(tmp_path: Path) -> None:
+    """No setting says which rows lie at sites; their names and counts do."""
+    folders = [made(tmp_path / name, [0.1], tunables={"rank": rank})
+               for name, rank in (("a", 2), ("b", 4))]  # fmt: skip
+    for name in ("summary.json", "ledger.jsonl"):
+        path = folders[1] / name
+        path.write_text(path.read_text().replace("client-1", "hospital"))
+    with pytest.raises(FedllmError, match=r"split differs, clients .*client-1.*hospital"):
+        joint.refuse(gather(folders))
+
+
+def test_no_run_vanishes_behind_anothers_name(tmp_path: Path) -> None:
+    folders = [
+        made(tmp_path / f"lr{sign}seed{seed}", [0.1, rank / 10], seed, tunables={"rank": rank})
+        for sign, rank in (("-", 8), ("_", 4)) for seed in (0, 1)
+    ]  # fmt: skip
+    found = gather([*folders, made(tmp_path / "lr", [0.5, 0.6], tunables={"rank": 2})])
+    names = [entry.name for entry in found.entries]
+    assert len(set(names)) == 3 and len(found.summary["parts"]) == 3
+    ranks = {entry.name: entry.settings["tunables.rank"] for entry in found.entries}
+    rounds = plots.curves(found.summary, "accuracy")
+    assert all(rounds[name][1][1] == pytest.approx(
+        {8: 0.8, 4: 0.4, 2: 0.6}[ranks[name]]) for name in names)  # fmt: skip
+
+
+def test_values_that_differ_late_are_not_taken_for_equal(tmp_path: Path) -> None:
+    deep = "/data/" + "x" * 70
+    folders = [made(tmp_path / end, [0.1], public={"source": f"{deep}/{end}.csv"})
+               for end in "ab"]  # fmt: skip
+    found = gather(folders)
+    _, short, whole = joint.settings(found.entries)
+    (line,) = [line for line in short if line[0] == "public.source"]
+    assert line[1] != line[2] and all(len(text) <= joint.LONGEST for text in line)
+    assert ["public.source", f'"{deep}/a.csv"', f'"{deep}/b.csv"'] in whole
+    with pytest.raises(FedllmError, match=r"a\.csv\S* \(a\) / \S*b\.csv"):
+        joint.refuse(found)
+
+
+def test_steps_found_out_for_each_seed_keep_no_seeds_apart(tmp_path: Path) -> None:
+    folders = []
+    for seed in (0, 1):
+        strategy = {"kind": "standalone", "steps": [3 + seed, 4]}
+        folder = made(tmp_path / f"s{seed}", [0.1], seed, strategy=strategy)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["variant"] = "standalone-equal-steps"
+        (folder / "summary.json").write_text(json.dumps(summary))
+        folders.append(folder)
+    assert [entry.seeds for entry in gather(folders).entries] == [[0, 1]]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "[1, 2]", '{"strategy": "x"}', "{"])
+def test_what_is_no_summary_is_refused(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "summary.json").write_text(text)
+    assert call(monkeypatch, "report", str(tmp_path)) == 2
+    assert "summary.json" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_damaged_experiment_is_named(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a", [0.1])
+    (folder / "experiment.toml").write_text("rounds = = 3")
+    with pytest.raises(FedllmError, match=r"experiment.toml: not valid TOML"):
+        gather([folder])
+
+
+def test_a_key_that_came_later_has_its_default(tmp_path: Path) -> None:
+    old, new = made(tmp_path / "old", [0.1]), made(tmp_path / "new", [0.1], tunables={"rank": 3})
+    path = old / "experiment.toml"
+    lines = [line for line in path.read_text().splitlines() if "test_fraction" not in line]
+    path.write_text("\n".join(lines))
+    assert joint.refuse(gather([old, new])) == []
+
+
+def test_names_mean_nothing_to_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = made(tmp_path / "r[bold]x", [0.1])
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "name": "a [/b]"}))
+    tables.show(gather([folder]).summary)
+    assert "a [/b]" in capsys.readouterr().out
+    assert call(monkeypatch, "report", str(folder), "--budget", "bytes=9MB") == 0
+
+
 def test_another_task_is_refused_always(tmp_path: Path) -> None:
     a, b = (made(tmp_path / name, [0.1]) for name in "ab")
     stored = json.loads((b / "summary.json").read_text())
@@ -397,10 +484,7 @@ def test_a_sweep_says_what_each_point_sets(tmp_path: Path) -> None:
     (folder / "summary.json").write_text(json.dumps(whole))
     (folder / "experiment.toml").write_text((inner / "experiment.toml").read_text())
     found = Parsed(page.write(folder).read_text())
-    assert found.texts["again"].splitlines() == [
-        "fedllm run experiment.toml --set tunables.rank=2 --out again/1  # rank=2",
-        "fedllm run experiment.toml --set tunables.rank=4 --out again/2  # rank=4",
-    ]
+    assert found.texts["again"] == "fedllm sweep experiment.toml --out again"
     assert found.tables["settings"][1] == ["tunables.rank", "2", "4"]
 
 
@@ -446,6 +530,32 @@ def test_targets_are_refused(text: str, said: str) -> None:
         budget.target(text)
 
 
+def test_two_budgets_of_one_cost_are_two_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(tmp_path / "a", [0.2, float("nan"), 0.6])
+    options = ["--budget", "bytes=3MB", "--budget", "bytes=5MB", "--target", "accuracy=0.1"]
+    out = tmp_path / "a.json"
+    assert call(monkeypatch, "report", str(folder), *options, "--format", "json",
+                "--out", str(out)) == 0  # fmt: skip
+
+    def never(text: str) -> None:
+        raise AssertionError(f"{text} is no JSON")
+
+    found = json.loads(out.read_text(), parse_constant=never)
+    assert {"budget-bytes-3MB", "budget-bytes-5MB", "target-accuracy-0.1"} <= set(found["tables"])
+    assert found["rounds"][1]["eval_accuracy"] is None
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(tmp_path / "_a", [0.2])
+    (tmp_path / "out").mkdir()
+    assert call(monkeypatch, "report", str(folder), "--out", str(tmp_path / "out")) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"_a", "out"}
+
+
 def test_the_best_within_a_budget(tmp_path: Path) -> None:
     (entry,) = gather([made(tmp_path / "run", [0.2, 0.6, 0.5, 0.9])]).entries
     (run,) = entry.runs
@@ -484,14 +594,14 @@ def test_protocols_on_the_command_line(
     out = capsys.readouterr().out
     assert "Best accuracy under bytes=2MB" in out
     found = Parsed((tmp_path / "report.html").read_text())
-    assert found.tables["budget-bytes"][1:] == [
+    assert found.tables["budget-bytes-2MB"][1:] == [
         ["parameters", "70.0 ± 14.1", "2", "2.00 MB", "2 of 2"],
         ["logits", "45.0 ± 35.4", "2", "2.00 MB", "2 of 2"],
     ]
     none = ["parameters", "none", "", "at least 1.0", "0 of 2"]
-    assert found.tables["budget-seconds"][1] == none
-    assert found.tables["target-accuracy"][1][:3] == ["parameters", "1 of 2", "2"]
-    line = cells(found.files["target-accuracy.csv"])[1]
+    assert found.tables["budget-seconds-0.5s"][1] == none
+    assert found.tables["target-accuracy-0.65"][1][:3] == ["parameters", "1 of 2", "2"]
+    line = cells(found.files["target-accuracy-0.65.csv"])[1]
     assert (line["seed"], line["bytes_up"], line["accuracy"]) == ("1", "2000000", "0.8")
     assert call(monkeypatch, "report", "a0", "--target", "rouge_l=0.5") == 2
     assert "no run here measured it" in capsys.readouterr().err
@@ -514,7 +624,7 @@ def test_the_other_formats(
     assert "Best accuracy under rounds=1" in text and "<script" not in text.partition("```")[0]
     everything = json.loads(Path("r.json").read_text())
     assert everything["summary"] == stored
-    assert everything["tables"]["budget-rounds"]["columns"][:3] == ["run", "seed", "round"]
+    assert everything["tables"]["budget-rounds-1"]["columns"][:3] == ["run", "seed", "round"]
     rows = cells(Path("r.csv").read_text())
     assert len(rows) == len(everything["rounds"]) >= 2 * 2 * 3
     assert Path("r.png").read_bytes()[:4] == b"\x89PNG"
@@ -572,6 +682,24 @@ def test_a_page_is_drawn_again_at_every_round(tmp_path: Path) -> None:
     assert "unfinished: 2 of 3 rounds" in drawn[1] and "http-equiv" in drawn[1]
     assert "unfinished" not in drawn[3] and "http-equiv" not in drawn[3]
     assert drawn[3] == page.write(folder).read_text()
+
+
+def test_what_still_runs_may_have_fewer_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
+    for seed in (0, 1):
+        made(whole / f"seed-{seed}", [0.1, 0.2], seed)
+    made(begun / "seed-0", [0.1, 0.2], tunables={"rank": 4})
+    one = [compare.read(whole / f"seed-{seed}") for seed in (0, 1)]
+    spec = ex.load(whole / "seed-0" / "experiment.toml").replace(seeds=(0, 1))
+    (whole / "summary.json").write_text(json.dumps(compare.joined(spec, {"parameters": one})))
+    asked = drawing.asked([whole, begun], tmp_path / "both.html", "html", [], [], False)
+    found = gather([whole, begun], unfinished=True)
+    assert not found.complete
+    assert "split differs, seeds" in asked.draw(found, live=True).read_text()
+    with pytest.raises(FedllmError, match="split differs, seeds"):
+        asked.draw(replace(found, complete=True))
 
 
 def test_watching_a_comparison(tmp_path: Path) -> None:

@@ -83,8 +83,9 @@ def test_side_by_side_gives_the_same_as_one_after_the_other(tmp_path: Path) -> N
 def test_a_sweep_over_strategies_has_each_ones_options(tmp_path: Path) -> None:
     kinds = ({"kind": "parameters"}, {"kind": "activations", "cut": 1})
     total = sweep.run(small({"strategy": kinds}), tmp_path / "s")
-    assert list(total["parts"]) == ["strategy=parameters", "strategy=activations"]
-    assert total["parts"]["strategy=activations"]["variant"] == "activations (sequential, cut 1)"
+    assert list(total["parts"]) == ["strategy=parameters", "strategy=activations-cut-1"]
+    split = total["parts"]["strategy=activations-cut-1"]
+    assert split["variant"] == "activations (sequential, cut 1)"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,49 @@ def test_points_that_would_have_one_name_have_two(tmp_path: Path) -> None:
     long = {"simulation.sizes": (tuple(range(8, 108)),), "simulation.clients": (100,)}
     (point,) = sweep.points(small(long).replace(simulation=ex.Simulation()))
     assert len(point.name) < 120
+
+
+def test_names_follow_from_values_and_not_from_their_order() -> None:
+    kinds = [{"kind": "activations"}, {"kind": "activations", "cut": 1}]
+    sources = ["p1/t.csv", "p2/t.csv"]
+    for key, values in (("strategy", kinds), ("simulation.source", sources)):
+        one, other = (sweep.points(small({key: tuple(order)})) for order in (values, values[::-1]))
+        assert {p.name: p.settings for p in one} == {p.name: p.settings for p in other}
+        assert len({p.name for p in one}) == 2
+
+
+def test_paths_from_the_command_line_are_of_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (axis,) = (ex.axis("simulation.source=./a.csv,builtin"),)
+    assert axis == {"simulation.source": (str(tmp_path / "a.csv"), "builtin")}
+
+
+def test_another_seed_or_plan_repeats_nothing(tmp_path: Path) -> None:
+    spec = small({"tunables.rank": (1,)})
+    sweep.run(spec, tmp_path / "s")
+    before = (tmp_path / "s" / "rank=1" / "seed-0" / "summary.json").stat().st_mtime_ns
+    more = spec.replace(seeds=(0, 1), plan=ex.Plan(rows=9), compare=ex.Compare(bounds=()))
+    notes = Notes()
+    total = sweep.run(more, tmp_path / "s", resume=True, listener=notes)
+    assert total["seeds"] == [0, 1] and "1 of 2 runs are there already" in notes.said
+    assert (tmp_path / "s" / "rank=1" / "seed-0" / "summary.json").stat().st_mtime_ns == before
+
+
+def test_a_sweep_that_goes_on_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep.run(small({"tunables.rank": (1,)}), tmp_path / "s")
+    assert (tmp_path / "s" / "summary.json").exists()
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "_one", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(small({"tunables.rank": (1, 2)}), tmp_path / "s", resume=True)
+    assert not (tmp_path / "s" / "summary.json").exists()
 
 
 def test_a_kind_comes_before_its_options_whatever_the_order() -> None:

@@ -177,14 +177,23 @@ def spread(values: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The summary of a finished run or comparison."""
+    """The summary of a finished run or comparison. Raises FedllmError where there is none."""
     path = folder / "summary.json"
     try:
-        return dict(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         raise FedllmError(
             f"{folder}: no finished run here (no readable summary.json); --resume finishes one"
         ) from None
+    parts = found.get("parts", {"": found}) if isinstance(found, dict) else {"": {}}
+    keys = {"name", "task", "model", "rounds"} - set(found)
+    keys |= {key for part in parts.values() for key in PART if key not in part}
+    if keys:
+        raise FedllmError(f"{path}: not a run's summary (it lacks {', '.join(sorted(keys))})")
+    return dict(found)
+
+
+PART = ("variant", "strategy", "metrics", "per_client_round", "history", "flags")
 
 
 def seeds(

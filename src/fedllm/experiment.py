@@ -534,7 +534,8 @@ class FederationFile(Section):
 
 PATHS = (("model", "name"), ("model", "tokenizer"), ("simulation", "source"),
          ("simulation", "test"), ("public", "source"))  # fmt: skip
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_VARIABLE = re.compile(r"(\$?)\$\{(\w+)(?::-([^}]*))?\}")
+NO_RUN = ("plan",)  # sections that no run looks at
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -565,24 +566,30 @@ def parse_text(
     except tomllib.TOMLDecodeError as error:
         raise FedllmError(f"{origin}: not valid TOML: {error}") from None
     values.setdefault("name", name)
-    return parse(values, origin, folder, overrides, foreign)
+    return parse(_literal(values) if foreign else values, origin, folder, overrides, foreign)
 
 
-def agree(stored: Path, experiment: Experiment) -> None:
+def agree(stored: Path, experiment: Experiment, free: Sequence[str] = ()) -> None:
     """
     Raise FedllmError unless a folder's file holds this experiment, so that it can be resumed.
 
-    Keys that an older version did not have are there with their defaults.
+    Keys that an older version did not have are there with their defaults.  free: sections and
+    keys that may have changed, as what no run looks at may.
     """
     try:
         found = parse_text(stored.read_text(), str(stored), stored.parent, foreign=True)
     except FedllmError:
         found = None
-    if found != experiment:
+    if found is None or not same(found, experiment, free):
         raise FedllmError(
             f"{stored}: this folder holds another experiment; resume with the same file and "
             "settings, or take another --out"
         )
+
+
+def same(one: Experiment, other: Experiment, free: Sequence[str] = ()) -> bool:
+    """Whether two experiments differ in nothing but these sections and what no run looks at."""
+    return one.model_copy(update={key: getattr(other, key) for key in (*NO_RUN, *free)}) == other
 
 
 def load_site(path: Path) -> SiteFile:
@@ -662,7 +669,10 @@ def axis(text: str) -> Axis:
         values = tomllib.loads(f"value = [{listed}]")["value"]
     except tomllib.TOMLDecodeError:
         values = [_value(word.strip()) for word in listed.split(",")]
-    return {key.strip(): tuple(values)}
+    key = key.strip()
+    if tuple(key.split(".")) in PATHS:
+        values = [_named(value, Path.cwd()) for value in values]
+    return {key: tuple(values)}
 
 
 def _value(text: str) -> Any:
@@ -707,7 +717,19 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML forbids it bare
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML forbids it bare
+    return _VARIABLE.sub(lambda match: f"${match[0]}", text)  # nobody's environment is meant
+
+
+def _literal(value: Any) -> Any:
+    """What ``dump`` wrote, whatever the environment: ``$${NAME}`` means ``${NAME}``."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    if isinstance(value, str):
+        return _VARIABLE.sub(lambda match: match[0].removeprefix(match[1]), value)
+    return value
 
 
 def _expand(value: Any, origin: str) -> Any:
@@ -718,7 +740,9 @@ def _expand(value: Any, origin: str) -> Any:
     if isinstance(value, str):
 
         def variable(match: re.Match[str]) -> str:
-            name, default = match.groups()
+            escaped, name, default = match.groups()
+            if escaped:
+                return match[0][1:]
             found = os.environ.get(name, default)
             if found is None:
                 raise FedllmError(
@@ -737,6 +761,11 @@ def _path(text: str, folder: Path) -> str:
     return str(candidate.resolve()) if looks_local or candidate.exists() else text
 
 
+def _named(value: Any, folder: Path) -> Any:
+    """The value of a key in PATHS: a path, the word ``builtin``, or something else altogether."""
+    return _path(value, folder) if isinstance(value, str) and value != "builtin" else value
+
+
 def _resolve_all(values: dict[str, Any], folder: Path) -> None:
     """Every path of an experiment, also those that a sweep sets."""
     for section, key in PATHS:
@@ -744,18 +773,15 @@ def _resolve_all(values: dict[str, Any], folder: Path) -> None:
         for axis in values.get("sweep") or ():
             name = f"{section}.{key}"
             if isinstance(axis, dict) and isinstance(axis.get(name), list | tuple):
-                axis[name] = [
-                    _path(value, folder) if isinstance(value, str) and value != "builtin" else value
-                    for value in axis[name]
-                ]
+                axis[name] = [_named(value, folder) for value in axis[name]]
     for strategy in (values.get("strategy"), (values.get("compare") or {}).get("logits")):
         if isinstance(strategy, dict) and isinstance(strategy.get("client_models"), list):
             strategy["client_models"] = [_path(item, folder) for item in strategy["client_models"]]
 
 
 def _resolve(section: Any, key: str, folder: Path) -> None:
-    if isinstance(section, dict) and isinstance(section.get(key), str):
-        section[key] = section[key] if section[key] == "builtin" else _path(section[key], folder)
+    if isinstance(section, dict) and section.get(key) is not None:
+        section[key] = _named(section[key], folder)
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -773,8 +799,8 @@ def _set(values: dict[str, Any], key: str, value: Any, origin: str, here: bool =
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise FedllmError(f"{origin}: {section!r} is not a section")
-    if here and (*sections, last) in PATHS and isinstance(value, str) and value != "builtin":
-        value = _path(value, Path.cwd())
+    if here and (*sections, last) in PATHS:
+        value = _named(value, Path.cwd())
     if last == "kind" and table.get("kind") != value:
         table.clear()  # another kind has other keys; those of the old one would be refused
     table[last] = value

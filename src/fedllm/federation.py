@@ -390,7 +390,7 @@ def run(
     resolved = experiment.replace(seeds=(seed,), data=data)
     stored = folder / "experiment.toml"
     if resume and stored.exists():
-        ex.agree(stored, resolved)
+        ex.agree(stored, resolved, ("compare",))
         done = folder / "summary.json"
         if done.exists():
             return dict(json.loads(done.read_text()))

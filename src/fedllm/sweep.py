@@ -27,6 +27,7 @@ from fedllm.errors import FedllmError
 from fedllm.federation import Listener, Silent
 
 LONGEST = 100  # letters of a point's name, which is a folder's
+FREE = ("sweep", "seeds", "compare")  # a sweep that is resumed may have more values and seeds
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,24 @@ def points(experiment: ex.Experiment) -> list[Point]:
     if len(set(keys)) < len(keys):
         raise FedllmError(f"sweep: {max(keys, key=keys.count)!r} is in more than one [[sweep]]")
     plain = experiment.replace(sweep=())
-    found: dict[str, Point] = {}
+    named: dict[str, list[dict[str, Any]]] = {}
     for combination in itertools.product(*axes):
         settings = {key: value for part in combination for key, value in part.items()}
         name = ",".join(f"{_short(key, keys)}={_word(value)}" for key, value in settings.items())
-        if len(name) > LONGEST or (name in found and found[name].settings != settings):
-            digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-            name = f"{name[:LONGEST]},{digest}"
-        found.setdefault(name, Point(name, settings, ex.vary(plain, settings)))
-    return list(found.values())
+        alike = named.setdefault(name, [])
+        if settings not in alike:
+            alike.append(settings)
+    found = []
+    for name, alike in named.items():
+        for settings in alike:  # a name follows from its values, not from their order
+            whole = len(alike) == 1 and len(name) <= LONGEST
+            full = name if whole else f"{name[:LONGEST]},{_digest(settings)}"
+            found.append(Point(full, settings, ex.vary(plain, settings)))
+    return found
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
@@ -77,7 +87,7 @@ def _short(key: str, keys: Sequence[str]) -> str:
 def _word(value: Any) -> str:
     """A value as a part of a folder's name."""
     if isinstance(value, dict):
-        value = value.get("kind", "-".join(map(str, value.values())))
+        value = "-".join(str(v) if k == "kind" else f"{k}-{v}" for k, v in value.items())
     if isinstance(value, list | tuple):
         value = "-".join(map(str, value))
     return re.sub(r"[^\w.+-]+", "_", str(value).rpartition("/")[2] or str(value))
@@ -95,13 +105,12 @@ def run(
     """
     listener = listener or Silent()
     listed = points(experiment)
-    plain = experiment.replace(sweep=())
     stored = folder / "experiment.toml"
     if resume and stored.exists():
-        ex.agree(stored, plain)  # the sweep itself may have more values
+        ex.agree(stored, experiment, FREE)
     _look(listed, experiment.seeds[0], folder)
     federation.create(folder, force=resume)
-    stored.write_text(ex.dump(plain))
+    stored.write_text(ex.dump(experiment))
     tasks = [
         (point.experiment, seed, folder / point.name / f"seed-{seed}")
         for seed in experiment.seeds
@@ -110,6 +119,8 @@ def run(
     todo = [task for task in tasks if not (task[2] / "summary.json").exists()]
     if len(todo) < len(tasks):
         listener.note(f"{len(tasks) - len(todo)} of {len(tasks)} runs are there already")
+    if todo:  # until they are there, the sweep is not complete
+        (folder / "summary.json").unlink(missing_ok=True)
     if jobs > 1:
         _side_by_side(todo, jobs, listener)
     else:
@@ -133,7 +144,7 @@ def _look(listed: Sequence[Point], seed: int, folder: Path) -> None:
         for path in there:
             run = ex.load(path)
             data = point.experiment.data.model_copy(update={"labels": run.data.labels})
-            if run != point.experiment.replace(seeds=run.seeds, data=data):
+            if not ex.same(run, point.experiment.replace(data=data), FREE):
                 raise FedllmError(
                     f"{path}: has other settings than {point.name}; take another --out"
                 )

@@ -7,6 +7,7 @@ Both look at the rounds that were evaluated, with what all clients and the serve
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -107,6 +108,8 @@ def target(text: str) -> Target:
         number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
     except ValueError:
         raise FedllmError(f"--target {text}: {value!r} is no number, e.g. 0.8 or 80%") from None
+    if not math.isfinite(number):
+        raise FedllmError(f"--target {text}: expected a finite number, e.g. 0.8 or 80%")
     share = name in ("accuracy", "macro_f1", "rouge_l")
     if share and not 0 <= number <= 1:
         raise FedllmError(f"--target {text}: {name} lies between 0 and 1; {value}% is a percentage")
@@ -198,8 +201,8 @@ def protocols(
         if spec.metric not in measured:
             said = nearest(spec.metric, measured)
             raise FedllmError(f"--target {spec.text}: no run here measured it; {said}")
-    return [*(_budgeted(known, spec, metric) for spec in budgets),
-            *(_targeted(known, spec) for spec in targets)]  # fmt: skip
+    return [*(_budgeted(known, spec, metric) for spec in dict.fromkeys(budgets)),
+            *(_targeted(known, spec) for spec in dict.fromkeys(targets))]  # fmt: skip
 
 
 def _budgeted(entries: Sequence[Entry], spec: Budget, metric: str) -> Sheet:
@@ -223,7 +226,7 @@ def _budgeted(entries: Sequence[Entry], spec: Budget, metric: str) -> Sheet:
             f"{len(good)} of {len(found)}",
         ])  # fmt: skip
     return Sheet(
-        f"budget-{spec.cost}", f"Best {_column(metric)[0]} under {spec.text}",
+        f"budget-{spec.cost}-{_value(spec)}", f"Best {_column(metric)[0]} under {spec.text}",
         ["run", _column(metric)[0], "round", f"spent ({spec.cost})", "seeds"], lines,
         ["run", "seed", "round", metric, *_RAW], data,
         "Best of the evaluated rounds within the budget, chosen on the rows that it is reported "
@@ -252,10 +255,16 @@ def _targeted(entries: Sequence[Entry], spec: Target) -> Sheet:
     value = f"{spec.value * factor:g}{' %' if factor == 100 else ''}"
     header = ["run", "seeds", "round", "up", "down", "FLOPs", "client FLOPs", "seconds", "steps"]
     return Sheet(
-        f"target-{spec.metric}", f"Cost to reach {title} of {sign} {value}", header, lines,
+        f"target-{spec.metric}-{_value(spec)}", f"Cost to reach {title} of {sign} {value}",
+        header, lines,
         ["run", "seed", "round", spec.metric, *_RAW], data,
         "At the first evaluated round that reached it; means over the seeds that did. " + SPENT,
     )  # fmt: skip
+
+
+def _value(spec: Budget | Target) -> str:
+    """What was asked for, as a part of a file's name."""
+    return re.sub(r"[^\w.+-]+", "", spec.text.partition("=")[2])
 
 
 def _closest(entry: Entry, spec: Target) -> str:

@@ -35,7 +35,8 @@ class Drawing:
 
         Raises FedllmError where the folders may not stand in one table, or nothing can be written.
         """
-        warnings = joint.refuse(found, self.anyway)
+        # what still runs has rounds and seeds before it: the end of it decides
+        warnings = joint.refuse(found, self.anyway or not found.complete)
         text = formats.made(self.kind, found, self.tables(found), warnings, live)
         try:
             return page.save(self.target, text)

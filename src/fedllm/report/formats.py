@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,4 +89,13 @@ def as_json(found: Gathered, tables: Sequence[Sheet], warnings: Sequence[str]) -
         },
         "again": {one.file: list(one.commands) for one in again(found)},
     }
-    return json.dumps(everything, indent=1) + "\n"
+    return json.dumps(_finite(everything), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity and no NaN: both become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

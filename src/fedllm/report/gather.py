@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,9 @@ class Gathered:
     def title(self) -> str:
         """The experiments' names."""
         return str(self.summary["name"])
+
+
+DERIVED = {"standalone-equal-steps": ("strategy.steps",)}  # found out for each seed
 
 
 class _Silent:
@@ -173,10 +177,22 @@ def _committed(folder: Path) -> list[dict[str, Any]]:
 
 
 def settings(path: Path) -> dict[str, Any]:
-    """The keys of an experiment file, dotted; empty where there is none."""
+    """
+    The keys of an experiment file, dotted, with the defaults of those that came later.
+
+    Empty where there is no file. Raises FedllmError for one that cannot be read.
+    """
     if not path.exists():
         return {}
-    return dict(flat(tomllib.loads(path.read_text())))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        found = ex.parse_text(text, str(path), path.parent, foreign=True)
+    except FedllmError:  # of another version, perhaps: its keys are worth showing all the same
+        try:
+            return dict(flat(tomllib.loads(text)))
+        except tomllib.TOMLDecodeError as error:
+            raise FedllmError(f"{path}: not valid TOML: {error}") from None
+    return dict(flat(found.model_dump(mode="json", exclude_none=True)))
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -213,19 +229,29 @@ def _named(each: Sequence[Gathered]) -> tuple[Entry, ...]:
     names = [entry.name for _, _, entry in merged]
     if len(set(names)) == len(names):
         return tuple(entry for _, _, entry in merged)
-    found = []
+    found: list[Entry] = []
+    taken: set[str] = set()
     for name, label, entry in merged:
+        free = next(n for n in _numbered(name) if n not in taken)
+        taken.add(free)
         same_as = entry.part.get("same_as")
         part = {**entry.part, "same_as": same_as and f"{label}/{same_as}"}
-        found.append(replace(entry, name=name, part=part))
+        found.append(replace(entry, name=free, part=part))
     return tuple(found)
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """The name, then with numbers behind it."""
+    yield name
+    yield from (f"{name} ({number})" for number in itertools.count(2))
 
 
 def _seeds_together(listed: Sequence[tuple[str, str, Entry]]) -> list[tuple[str, str, Entry]]:
     """Runs of several folders that differ in nothing but the seed become one entry."""
     found: dict[str, tuple[str, str, Entry]] = {}
     for name, label, entry in listed:
-        kept = {k: v for k, v in entry.settings.items() if k not in ("seeds", "name")}
+        free = ("seeds", "name", *DERIVED.get(entry.part["variant"], ()))
+        kept = {k: v for k, v in entry.settings.items() if k not in free}
         key = json.dumps([kept, entry.part["variant"]], sort_keys=True) if kept else name
         other = found.get(key)
         if other is None:

@@ -50,7 +50,7 @@ figure svg { display: block; width: 100%; max-width: 540px; height: auto; margin
 figure svg text { fill: currentColor; }
 pre { overflow-x: auto; padding: .8rem; background: var(--card); border-radius: 8px;
   font-size: .8rem; }
-summary { cursor: pointer; margin: .4rem 0; }
+summary { cursor: pointer; margin: .4rem 0; overflow-wrap: anywhere; }
 @media (max-width: 600px) { main { padding: 1rem .7rem 2rem; } body { font-size: 14px; }
   th, td { padding: .28rem .5rem; } th:first-child, td:first-child { max-width: 9.5rem;
   min-width: 6.2rem; white-space: normal; } }
@@ -70,8 +70,12 @@ def write(folder: Path) -> Path:
 def save(target: Path, text: str | bytes) -> Path:
     """Write whole or not at all."""
     aside = target.with_name(f"{target.name}.part")
-    aside.write_bytes(text if isinstance(text, bytes) else text.encode())
-    aside.replace(target)
+    try:
+        aside.write_bytes(text if isinstance(text, bytes) else text.encode())
+        aside.replace(target)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     return target
 
 
@@ -129,8 +133,7 @@ def _unfair(warnings: Sequence[str]) -> str:
     return f'<div class="note"><strong>Not like for like:</strong><ul>{listed}</ul></div>'
 
 
-def _csv(name: str, text: str, kind: str = "csv", said: str = "CSV") -> str:
-    file = name if "." in name else f"{name}.{kind}"
+def _csv(file: str, text: str, kind: str = "csv", said: str = "CSV") -> str:
     return (
         f'<a download="{html.escape(file)}" '
         f'href="data:text/{kind};charset=utf-8,{quote(text)}">{html.escape(said)}</a>'
@@ -152,7 +155,7 @@ def _figures(found: Gathered) -> str:
 
 
 def _figure(title: str, picture: str, data: Sheet) -> str:
-    link = _csv(data.name, data.csv())
+    link = _csv(f"{data.name}.csv", data.csv())
     caption = f"<figcaption>{html.escape(title)} {link}</figcaption>"
     return f'<figure id="{data.name}">{caption}{picture}</figure>'
 
@@ -161,7 +164,7 @@ def _sheet(found: Sheet, folded: bool = False) -> str:
     """A table with its title and CSV; nothing where there are no lines."""
     if not found.lines:
         return ""
-    link = _csv(found.name, found.csv())
+    link = _csv(f"{found.name}.csv", found.csv())
     note = f'<p class="dim">{html.escape(found.note)}</p>' if found.note else ""
     table = _table(found)
     if not found.title:

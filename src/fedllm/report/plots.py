@@ -55,13 +55,18 @@ def _figure(rows: int, height: float) -> tuple[Any, list[Any]]:
 def _legend(figure: Any, axes: Any, names: Iterable[str]) -> None:
     """Below the axes, in as many columns as the names leave room for."""
     named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    labels = [name for name in names if name in named]
+    labels = [label for label in map(_label, names) if label in named]
     handles = [named[name] for name in labels]
     longest = max(map(len, labels), default=1)
     figure.legend(
         handles, labels, loc="outside lower left", frameon=False, labelcolor=_INK, fontsize=9,
         ncols=max(1, min(3, 66 // (longest + 6))), borderaxespad=0, columnspacing=1.2,
     )  # fmt: skip
+
+
+def _label(name: str) -> str:
+    """A name that matplotlib shows: what begins with an underscore it hides."""
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def parts_of(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -108,7 +113,7 @@ def _curves_figure(summary: dict[str, Any], height: float = CURVES) -> Any:
     look = styles(list(found), parts_of(summary))
     for name, points in found.items():
         rounds, values = [point[0] for point in points], [point[1] * factor for point in points]
-        axes.plot(rounds, values, label=name, markersize=4, **look[name])
+        axes.plot(rounds, values, label=_label(name), markersize=4, **look[name])
         if any(point[2] for point in points):
             spread = [point[2] * factor for point in points]
             low = [v - s for v, s in zip(values, spread, strict=True)]
@@ -182,11 +187,11 @@ def _scatter(summary: dict[str, Any], kind: str, axes: Any) -> None:
         if run["strategy"] in STRATEGIES:
             axes.errorbar(
                 max(cost(run, kind), 1) / unit, mean * factor, yerr=sd * factor or None,
-                fmt=look[name]["marker"], color=colour, markersize=8, label=name, zorder=3,
+                fmt=look[name]["marker"], color=colour, markersize=8, label=_label(name), zorder=3,
                 capsize=3,
             )  # fmt: skip
         else:
-            axes.axhline(mean * factor, color=colour, linestyle="--", label=name)
+            axes.axhline(mean * factor, color=colour, linestyle="--", label=_label(name))
     _plain_ticks(axes.xaxis)
     axes.set_xlabel(label)
     axes.set_ylabel(title)

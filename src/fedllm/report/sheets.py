@@ -261,6 +261,6 @@ def spans(numbers: Sequence[int]) -> str:
 
 def settings(entries: Sequence[Entry]) -> Sheet:
     """Which keys of the experiment are not the same in all runs."""
-    header, lines = joint.settings(entries)
-    return Sheet("settings", "Settings that differ", header, lines,
-                 note="All others are the same in all runs.")  # fmt: skip
+    header, lines, whole = joint.settings(entries)
+    return Sheet("settings", "Settings that differ", header, lines, header, whole,
+                 "All others are the same in all runs.")  # fmt: skip

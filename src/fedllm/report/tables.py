@@ -124,7 +124,7 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def show_table(found: Sheet) -> None:
     """Print one table."""
     console = Console(width=None if Console().is_terminal else 150)
-    table = Table(title=found.title, caption=found.note or None)
+    table = Table(title=Text(found.title), caption=Text(found.note) if found.note else None)
     for position, name in enumerate(found.header):
         table.add_column(name, justify="left" if position == 0 else "right")
     for line in found.lines:
@@ -142,11 +142,13 @@ def show(summary: dict[str, Any]) -> None:
         f"{summary['rounds']} rounds, seed{'s' if len(seeds) > 1 else ''} "
         f"{', '.join(map(str, seeds))}"
     )
-    table = Table(title=title, caption="costs are means per client and round; memory is the peak")
+    table = Table(
+        title=Text(title), caption="costs are means per client and round; memory is the peak"
+    )
     for position, name in enumerate(header):
         table.add_column(name, justify="left" if position < 2 else "right")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))
     console.print(table)
     runs = summary.get("parts") or {"": summary}
     for flag in sorted({flag for run in runs.values() for flag in run["flags"]}):
@@ -179,15 +181,15 @@ def rehearsal(found: Sequence[tuple[str, str, bool]]) -> None:
 def check(found: dict[str, Any]) -> None:
     """Print what ``fedllm check`` found."""
     console = Console(width=None if Console().is_terminal else 150)
-    table = Table(title=found["title"], show_header=False)
+    table = Table(title=Text(found["title"]), show_header=False)
     for key, value in found["facts"].items():
-        table.add_row(key, str(value))
+        table.add_row(key, Text(str(value)))
     console.print(table)
     cost = Table(title="estimate per client and round", caption=found["caption"])
     for position, name in enumerate(found["header"]):
         cost.add_column(name, justify="left" if position == 0 else "right")
     for line in found["rows"]:
-        cost.add_row(*line)
+        cost.add_row(*map(Text, line))
     console.print(cost)
     for note in found["notes"]:
         console.print(f"note: {note}", style="yellow", markup=False)

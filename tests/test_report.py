@@ -172,7 +172,7 @@ def holds(text: str, folder: Path) -> None:
 def test_the_page_says_what_the_summary_says(compared: Path) -> None:
     text = (compared / "report.html").read_text()
     holds(text, compared)
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 3  # curves, trade-off, roles
 
 
 def test_the_page_needs_no_network_and_runs_nothing(compared: Path) -> None:

@@ -53,8 +53,10 @@ def points(experiment: ex.Experiment) -> list[Point]:
             for axis in experiment.sweep]  # fmt: skip
     keys = [key for axis in experiment.sweep for key in axis]
     for key in keys:
-        if key.partition(".")[0] in ("seeds", "name", "sweep", "compare"):
-            raise FedllmError(f"sweep: {key!r} cannot be varied (every point has every seed)")
+        if key.partition(".")[0] in ("seeds", "name", "sweep", "compare", "plan"):
+            raise FedllmError(
+                f"sweep: {key!r} cannot be varied: no run depends on it, or every point has it"
+            )
     if len(set(keys)) < len(keys):
         raise FedllmError(f"sweep: {max(keys, key=keys.count)!r} is in more than one [[sweep]]")
     plain = experiment.replace(sweep=())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -44,7 +45,7 @@ td.text, th.text { text-align: left; } td.why { white-space: normal; min-width: 
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr));
   gap: 1rem 1.5rem; align-items: start; margin-top: 1.6rem; }
 .grid h2 { margin-top: .6rem; } .grid > * { min-width: 0; }
-figure { margin: 0; padding: .7rem; background: var(--card); border-radius: 8px; }
+figure { margin: 0 0 1rem; padding: .7rem; background: var(--card); border-radius: 8px; }
 figcaption { font-weight: 600; margin-bottom: .4rem; }
 figure svg { display: block; width: 100%; max-width: 540px; height: auto; margin: 0 auto; }
 figure svg text { fill: currentColor; }
@@ -141,17 +142,22 @@ def _csv(file: str, text: str, kind: str = "csv", said: str = "CSV") -> str:
 
 
 def _figures(found: Gathered) -> str:
-    made = []
+    """Curves over bytes by role, and beside them what quality costs."""
+    left, right = [], []
     if picture := plots.quality(found.summary):
         title = "Quality over rounds" + (
             ", mean ± standard deviation of seeds" if len(found.summary.get("seeds", [0])) > 1
             else ""
         )  # fmt: skip
-        made.append(_figure(title, picture, sheets.curves(found)))
+        left.append(_figure(title, picture, sheets.curves(found)))
+    sent = sheets.roles(found.entries)
+    if picture := plots.roles([(run, way, role, size) for run, way, role, size in sent.data]):
+        left.append(_figure("Bytes by direction and role", picture, replace(sent, name="sent")))
     if found.summary.get("parts") and sheets.trade_off(found).data:
         picture = plots.trade_off(found.summary, "bytes", "flops")
-        made.append(_figure("Quality against cost", picture, sheets.trade_off(found)))
-    return f'<div class="grid">{"".join(made)}</div>' if made else ""
+        right.append(_figure("Quality against cost", picture, sheets.trade_off(found)))
+    columns = "".join(f"<div>{''.join(column)}</div>" for column in (left, right) if column)
+    return f'<div class="grid">{columns}</div>' if columns else ""
 
 
 def _figure(title: str, picture: str, data: Sheet) -> str:

@@ -197,6 +197,43 @@ def _scatter(summary: dict[str, Any], kind: str, axes: Any) -> None:
     axes.set_ylabel(title)
 
 
+MOST = 12  # runs in a picture of roles; a table has them all
+
+
+def roles(found: Sequence[tuple[str, str, str, float]]) -> str:
+    """
+    Bytes by direction and role, a line for each run and direction, on a logarithmic axis.
+
+    found: (run, direction, role, bytes). Runs that send but headers are left out. Empty where no
+    other is left, or runs are too many.
+    """
+    runs = list(dict.fromkeys(run for run, _, role, size in found if size and role != "header"))
+    found = [one for one in found if one[0] in runs]
+    if not 0 < len(runs) <= MOST:
+        return ""
+    rows = [(run, way) for run in runs for way in ("up", "down")]
+    kinds = list(dict.fromkeys(role for _, _, role, size in found if size))
+    figure, (axes,) = _figure(1, 0.9 + 0.27 * len(rows))
+    for number, kind in enumerate(kinds):
+        mine = [(size / 1e6, rows.index((run, way))) for run, way, role, size in found
+                if role == kind and size]  # fmt: skip
+        axes.plot(
+            *zip(*mine, strict=True), linestyle="", marker=MARKERS[number % len(MARKERS)],
+            color=OTHERS[number % len(OTHERS)], label=_label(kind), markersize=7,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(rows)), [f"{_short(run)}, {way}" for run, way in rows])
+    axes.invert_yaxis()
+    _plain_ticks(axes.xaxis)
+    axes.set_xlabel("MB a client and round")
+    _legend(figure, axes, kinds)
+    return _svg(figure)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:21]}..."
+
+
 def _plain_ticks(axis: Any) -> None:
     """Numbers as one writes them, and 2 and 5 between the powers where these are few."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter

@@ -204,7 +204,7 @@ def test_the_page_in_a_browser(compared: Path, tmp_path: Path) -> None:
     measure = (
         "<script>const e = document.documentElement; console.log('wide', e.scrollWidth,"
         " innerWidth, [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect())"
-        ".every(r => r.width > 200 && r.height > 200))</script>"
+        ".every(r => r.width > 200 && r.height > 100))</script>"
     )
     copy = tmp_path / "copy.html"
     copy.write_text(text.replace("</body>", f"{measure}</body>"))

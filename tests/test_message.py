@@ -2,6 +2,8 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +11,24 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from fedllm import experiment as ex
 from fedllm import message
-from fedllm.codecs import CODECS
+from fedllm.codecs import CODECS, SIZED, codec
 from fedllm.errors import FedllmError
 from fedllm.exchange import decode, encode
-from fedllm.message import MAGIC, MAX_HEADER, START, Message, Role, pack, payload_bytes, unpack
+from fedllm.message import (
+    MAGIC,
+    MAX_HEADER,
+    START,
+    Message,
+    Role,
+    of_role,
+    pack,
+    payload_bytes,
+    unpack,
+)  # fmt: skip
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="/"), min_size=1, max_size=12)
 tensors = st.dictionaries(
@@ -136,17 +150,72 @@ def test_a_tensor_without_a_role_cannot_leave() -> None:
         pack(Message("a1", tensors={"w": torch.ones(2)}))
 
 
-@pytest.mark.parametrize("name", sorted(CODECS))
+EVERY = [*sorted(CODECS), *(f"{kind}-3" for kind in SIZED)]
+ERROR: dict[str, Callable[[Tensor], Tensor]] = {  # at most, for each number
+    "none": torch.zeros_like,
+    "fp16": lambda x: x.abs() * 2**-11 + 1e-7,
+    "int8": lambda x: ((x.amax(-1, True) - x.amin(-1, True)) / 510 * 1.001).expand_as(x),
+    "lowrank-3": lambda x: torch.linalg.svdvals(x.reshape(-1, x.shape[-1]))[3:].norm() * 1.001
+    + 1e-5 + torch.zeros_like(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_every_codec_decodes_what_it_encodes(name: str) -> None:
-    x = torch.randn(7, 5)
-    state, parts = CODECS[name].encode({}, x)
-    found = CODECS[name].decode(parts)
+    x = torch.randn(17, 15)
+    state, parts = codec(name).encode({}, x)
+    found = codec(name).decode(parts)
     assert state == {}
     assert found.dtype == torch.float32
-    assert torch.allclose(found, x, rtol=2**-11, atol=1e-7)
+    assert bool(((found - x).abs() <= ERROR[name](x)).all())
     message = Message("c2", tensors={"h": x}, roles={"h": Role.ACTIVATION})
     again, _, _ = decode(encode(message, {"activation": name})[0])
     assert torch.equal(again.tensors["h"], found)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("shape", [(), (0,), (4,), (0, 5), (3, 0), (2, 3, 4), (1, 1)])
+def test_codecs_keep_every_shape(name: str, shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape)
+    found = codec(name).decode(codec(name).encode({}, x)[1])
+    assert found.shape == x.shape and torch.equal(found, x)
+
+
+@given(n=st.integers(1, 40), c=st.integers(1, 40), q=st.integers(1, 45))
+def test_low_rank_is_as_good_as_the_values_that_it_drops(n: int, c: int, q: int) -> None:
+    """K-07: the squared error is the sum of the dropped sigma^2; q (n + C) numbers travel."""
+    z = torch.randn(n, c, generator=torch.Generator().manual_seed(n * 100 + c))
+    _, parts = codec(f"lowrank-{q}").encode({}, z)
+    sent = sum(part.numel() for part in parts.values())
+    assert sent == min(q * (n + c), n * c)
+    lost = float((codec(f"lowrank-{q}").decode(parts) - z).square().sum())
+    dropped = torch.linalg.svdvals(z.double())[q:].square().sum() if sent < n * c else 0.0
+    assert lost == pytest.approx(float(dropped), rel=1e-3, abs=1e-6)
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    """From another machine anything may come."""
+    large = {"left": torch.ones(2**15, 1), "right": torch.ones(1, 2**15)}
+    odd = {"left": torch.ones(2, 3), "right": torch.ones(2, 3)}
+    for parts, name in ((large, "lowrank-1"), (odd, "lowrank-1"), ({"low": odd["left"]}, "int8")):
+        tensors = {f"h//{part}": tensor for part, tensor in parts.items()}
+        frame = pack(
+            Message("b3", tensors=tensors, roles=of_role(Role.LOGIT, tensors)), {"h": name}
+        )
+        with pytest.raises(FedllmError, match="'h'"):
+            decode(frame)
+
+
+@pytest.mark.parametrize("name", ["lowrank", "lowrank-0", "lowrank-x", "fp15", "topk"])
+def test_codecs_that_there_are_not(name: str) -> None:
+    with pytest.raises(FedllmError, match="unknown codec"):
+        codec(name)
+    with pytest.raises(FedllmError, match=r"exchange.codecs.logit: unknown codec"):
+        ex.parse({"exchange": {"codecs": {"logit": name}}}, "test", Path.cwd())
+
+
+def test_the_experiment_knows_every_codec() -> None:
+    assert (tuple(CODECS), tuple(SIZED)) == (ex.CODECS, ex.SIZED)
 
 
 def test_an_unknown_codec_is_refused() -> None:

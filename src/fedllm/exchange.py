@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm.codecs import CODECS
+from fedllm.codecs import codec as codec_of
 from fedllm.errors import FedllmError
 from fedllm.ledger import Ledger, Row
 from fedllm.message import Failure, Frame, Message, pack, payload_bytes, unpack
@@ -40,7 +40,7 @@ def encode(message: Message, codecs: Mapping[str, str]) -> tuple[bytes, Message,
         if codec == "none" or not tensor.is_floating_point():
             tensors[name], roles[name] = tensor, role
             continue
-        _, parts = CODECS[codec].encode({}, tensor)
+        _, parts = codec_of(codec).encode({}, tensor)
         for part, value in parts.items():
             tensors[f"{name}//{part}"] = value
             roles[f"{name}//{part}"] = role
@@ -55,15 +55,17 @@ def decode(frame: Frame) -> tuple[Message, Message, dict[str, str]]:
     tensors = {n: t for n, t in wire.tensors.items() if "//" not in n}
     roles = {n: r for n, r in wire.roles.items() if "//" not in n}
     for name, codec in used.items():
-        if codec not in CODECS:
-            raise FedllmError(f"frame: unknown codec {codec!r}")
         parts = {
             n.rpartition("//")[2]: t for n, t in wire.tensors.items() if n.startswith(f"{name}//")
         }
         try:
-            tensors[name] = CODECS[codec].decode(parts)
+            tensors[name] = codec_of(codec).decode(parts)
+        except FedllmError as error:
+            raise FedllmError(f"frame: {name!r}: {error}") from None
         except KeyError as error:
             raise FedllmError(f"frame: codec {codec!r} of {name!r} lacks part {error}") from None
+        except (RuntimeError, ValueError, IndexError) as error:  # parts that do not fit together
+            raise FedllmError(f"frame: codec {codec!r} of {name!r}: {error}") from None
         roles[name] = next(r for n, r in wire.roles.items() if n.startswith(f"{name}//"))
     return replace(wire, tensors=tensors, roles=roles), wire, used
 

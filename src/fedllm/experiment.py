@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedllm.errors import FedllmError, nearest
 
@@ -241,7 +241,16 @@ class Centralized(Section):
 Strategy = Annotated[
     Parameters | Logits | Activations | Standalone | Centralized, Field(discriminator="kind")
 ]
-Codec = Literal["none", "fp16"]
+
+
+def _codec(name: str) -> str:
+    if name not in CODECS and not re.fullmatch(rf"({'|'.join(SIZED)})-[1-9]\d{{0,5}}", name):
+        raise ValueError(f"unknown codec; {nearest(name, [*CODECS, *(f'{k}-16' for k in SIZED)])}")
+    return name
+
+
+CODECS, SIZED = ("none", "fp16", "int8"), ("lowrank",)  # of ``codecs``; it loads torch
+Codec = Annotated[str, AfterValidator(_codec)]
 
 
 class Exchange(Section):

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 State = dict[str, Tensor]
+MOST = 2**28  # numbers of a decoded tensor: a small frame must not become a large one without end
 
 
 class Codec(Protocol):

@@ -121,7 +121,15 @@ MEANING = {
     "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted tokens)",
     "logits.temperature": "of the softmax in `kl`",
     "logits.loss": "of the distillation: `kl` is T^2 KL(teacher, student), `mse` compares logits",
-    "logits.knowledge": "how the clients' logits are averaged; `mean` weights as for parameters",
+    "logits.knowledge": "how much each client's word on a public row counts: `mean` by its units "
+    "as for parameters, `uniform`, `confidence` by 1 - entropy, `entropy` drops who doubts, "
+    "`loss` and `least-loss` by the loss on a labelled set",
+    "logits.keep": "on each row only so many best clients count; 0: all",
+    "logits.max_entropy": "with `entropy`: doubt, of the largest there may be, above which a "
+    "client is dropped",
+    "logits.clusters": "clients that think alike teach each other, in so many groups",
+    "logits.label_share": "share of the labels' cross-entropy in the loss of distillation; left "
+    "out: added whole",
     "logits.server_model": "false: clients get the averaged logits themselves",
     "logits.client_models": "models of the clients, taken in turn; all must give equally many "
                             "logits",

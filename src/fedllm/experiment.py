@@ -185,12 +185,21 @@ class Logits(Section):
     ``server_model = false`` is FedMD (arXiv 1910.03581): no model at the server.
     ``client_models`` are taken in turn by the clients; none means the experiment's model.
     ``rate`` is the rate of distillation; none means the training rate.
+
+    ``knowledge`` weighs what clients say of each public unit; ``keep`` and ``max_entropy`` leave
+    some of it out. With ``clusters`` above 1 each client is taught by those who think alike.
+    ``label_share`` is that of the cross-entropy on a labelled set's own labels in the loss of
+    distillation; none adds it with weight 1.
     """
 
     kind: Literal["logits"] = "logits"
     temperature: Rate = 1.0
     loss: Literal["kl", "mse"] = "kl"
-    knowledge: Literal["mean", "uniform"] = "uniform"
+    knowledge: Literal["mean", "uniform", "confidence", "entropy", "loss", "least-loss"] = "uniform"
+    keep: Count = 0
+    max_entropy: Annotated[float, Field(gt=0, le=1)] = 1.0
+    clusters: Positive = 1
+    label_share: Annotated[float, Field(ge=0, lt=1)] | None = None
     server_model: bool = True
     client_models: tuple[str, ...] = ()
     epochs: Positive = 1
@@ -442,6 +451,9 @@ class Experiment(Section):
             raise ValueError(
                 "simulation.sizes: only for the partition 'iid'; others make their own sizes"
             )
+        for where, spec in (("strategy", self.strategy), ("compare.logits", self.compare.logits)):
+            if isinstance(spec, Logits):
+                self._taught(where, spec)
         if not self.exchange.resident and self.strategy.kind == "activations":
             raise ValueError(
                 "exchange.resident = false: activations cross for every batch, for which sites "
@@ -466,6 +478,21 @@ class Experiment(Section):
                 f"exchange.clients_per_round: {every} of {self.simulation.clients} clients"
             )
         return self
+
+    def _taught(self, where: str, spec: Logits) -> None:
+        """What logits ask of the public set, and settings that would mean nothing."""
+        by_loss = spec.knowledge in ("loss", "least-loss")
+        if by_loss and not self.public.labelled:
+            raise ValueError(
+                f"{where}.knowledge = {spec.knowledge!r}: a loss needs targets; set "
+                "public.labelled = true, or take 'confidence' or 'entropy'"
+            )
+        if spec.label_share is not None and not self.public.labelled:
+            raise ValueError(f"{where}.label_share: only with public.labelled = true")
+        if spec.max_entropy < 1 and spec.knowledge != "entropy":
+            raise ValueError(
+                f"{where}.max_entropy: only with knowledge = 'entropy' (here {spec.knowledge!r})"
+            )
 
     def replace(self, **changes: Any) -> Experiment:
         """A changed copy, checked again; e.g. ``replace(strategy=Logits(), seeds=(1,))``."""

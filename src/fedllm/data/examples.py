@@ -67,6 +67,14 @@ class Examples:
         return np.ones(len(self), np.int64) if len(self.labels) else self.lengths - self.start
 
     @property
+    def goals(self) -> Ints:
+        """What is to be predicted, one number for each target: labels, or next tokens."""
+        if len(self.labels):
+            return self.labels
+        first = self.ends - self.lengths + self.start
+        return self.flat[cells(first, self.ends - first)].astype(np.int64)
+
+    @property
     def tokens(self) -> int:
         """Tokens in all."""
         return len(self.flat)

@@ -6,7 +6,7 @@ No parameter travels. With ``server_model = false`` this is FedMD (arXiv 1910.03
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fedllm import experiment as ex
-from fedllm.aggregation import RULES
+from fedllm.aggregation import knowledge as rules
+from fedllm.aggregation.knowledge import KNOWLEDGE, Voices
 from fedllm.data.examples import NOTHING, Examples
 from fedllm.errors import FedllmError
 from fedllm.exchange import Exchange, Want
@@ -47,7 +48,7 @@ class Logits:
                 raise FedllmError(NO_PUBLIC)
             public = NOTHING
         self.options, self.setup, self.model, self.public = options, setup, model, public
-        self.rule = RULES[options.knowledge]
+        self.rule = KNOWLEDGE[options.knowledge]
         self.tasks: Tasks = {"know": self.know, "digest": self.digest, "receive": self.receive}
 
     def start(self) -> ServerState:
@@ -72,8 +73,7 @@ class Logits:
         want = Want(("loss",), ("weight",), {Z: (units, self.model.outputs)})
         replies = ask.gather(dict.fromkeys(cohort, request), want)  # b1, b2, b3
         with ask.meter.step("b4"):
-            weights = {client: float(r.facts["weight"]) for client, r in replies.items()}
-            knowledge = self.rule({c: r.tensors for c, r in replies.items()}, weights)[Z]
+            taught, knowledge = self._combine(replies, rows)
         if self.options.server_model:
             public = self.public.take(rows)
             goal = self._distil(
@@ -83,10 +83,46 @@ class Logits:
             size = self.setup.evaluation.batch_size
             knowledge = alone(logits_of(self.model, shared, public, size, ask.meter, "b6"))
             state = replace(state, shared=shared)
-        sent = Message("b7", "digest", {Z: knowledge, **which}, {Z: Role.LOGIT, "rows": Role.INDEX})
-        done = ask.gather(dict.fromkeys(replies, sent), Want(("loss",)))  # b7, b8
+        roles = {Z: Role.LOGIT, "rows": Role.INDEX}
+        sent = {
+            client: Message("b7", "digest", {Z: taught.get(client, knowledge), **which}, roles)
+            for client in replies
+        }
+        done = ask.gather(sent, Want(("loss",)))  # b7, b8
         facts = {**state.facts, "loss": mean_loss(replies), "digest_loss": mean_loss(done)}
         return replace(state, facts=facts)
+
+    def _combine(
+        self, replies: Mapping[str, Message], rows: Ints
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """
+        b4: (what each client is to be taught, where that is its cluster's; what the server is).
+
+        With clusters the server learns from their consensus, each weighing as much as its clients.
+        """
+        spec, public = self.options, self.public.take(rows)
+        row = torch.from_numpy(np.repeat(np.arange(len(public)), public.targets))
+        voices = Voices.of(
+            {client: reply.tensors[Z] for client, reply in replies.items()},
+            {client: float(reply.facts["weight"]) for client, reply in replies.items()},
+            torch.from_numpy(public.goals) if self.setup.public.labelled else None, row,
+        )  # fmt: skip
+        if spec.clusters == 1:
+            return {}, self._consensus(voices)
+        groups = rules.clusters(rules.divergence(voices), spec.clusters)
+        parts = [rules.part(voices, group) for group in groups]
+        found = [self._consensus(part) for part in parts]
+        taught = {name: z for part, z in zip(parts, found, strict=True) for name in part.names}
+        heads = {part.names[0]: float(part.weights.sum()) for part in parts}
+        over = Voices.of({name: taught[name] for name in heads}, heads)
+        return taught, rules.combined(over, rules.mean(over, 1.0))
+
+    def _consensus(self, voices: Voices) -> Tensor:
+        """What these clients say together."""
+        spec = self.options
+        weights = self.rule(voices, spec.max_entropy)
+        by_loss = spec.knowledge in ("loss", "least-loss")
+        return rules.combined(voices, rules.keep_best(voices, weights, spec.keep, by_loss))
 
     def _draw(self, rng: np.random.Generator) -> Ints:
         """This round's public rows, sorted."""
@@ -126,8 +162,13 @@ class Logits:
             public, options.batch_size or training.batch_size, training.padding,
             self.setup.longest, (self.setup.seed, who, "public", round), str(model.device),
         )  # fmt: skip
-        labels = 1.0 if self.setup.public.labelled else 0.0
-        goal = Distillation(teacher.to(model.device), options.temperature, options.loss, labels)
+        share, teacher = options.label_share, teacher.to(model.device)
+        if not self.setup.public.labelled:
+            goal = Distillation(teacher, options.temperature, options.loss)
+        elif share is None:
+            goal = Distillation(teacher, options.temperature, options.loss, 1.0)
+        else:
+            goal = Distillation(teacher, options.temperature, options.loss, share, 1 - share)
         result: Trained = yield Fit(
             model, tunables, plan, goal, training, 0, plan.per_pass * options.epochs,
             Span(round - 1, self.setup.rounds), meter, step, rate=options.rate,

@@ -24,13 +24,14 @@ class Distillation:
 
     kl: T^2 KL(softmax(teacher / T) || softmax(student / T)); mse: squared difference of logits.
     teacher: [units of the whole set, outputs].  label_weight: of an added cross-entropy on the
-    set's own labels, for a public set that is labelled.
+    set's own labels, for a public set that is labelled.  weight: of following the teacher.
     """
 
     teacher: Tensor
     temperature: float
     loss: str
     label_weight: float = 0.0
+    weight: float = 1.0
 
     def __call__(self, logits: Tensor, targets: Tensor, places: Tensor) -> Tensor:
         """The loss of each unit."""
@@ -44,6 +45,8 @@ class Distillation:
                 reduction="none",
                 log_target=True,
             ).sum(-1)
+        if self.weight != 1:
+            value = self.weight * value
         if self.label_weight:
             value = value + self.label_weight * cross_entropy(logits, targets, places)
         return value

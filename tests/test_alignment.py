@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -399,6 +400,25 @@ def test_shared_tokens_keep_the_arg_max_both_ways(source: str, target: str, text
 
 
 @needs_shared
+def test_units_are_numbered_from_the_first_predicted_token() -> None:
+    """A row's start is where its predictions begin: tokens before it are nobody's units."""
+    texts = ["the cat sat on the mat", "a bird sings in the tree"]
+    names = ("stories-260k", "gpt2-tokenizer")
+    whole, a, b = joined(*names, *texts)
+    later = [replace(a, start=np.array([4, 2])), replace(b, start=np.array([2, 3]))]
+    part = bridge(*map(tokenizer, names), *later, mapped(*names), 50257)
+    numbers = []  # of the units that remain: how the whole set counts them
+    for rows, full in zip(later, (a, b), strict=True):
+        places = np.cumsum(np.concatenate([[0], full.targets[:-1]]))
+        each = zip(places, full.targets, rows.start, strict=True)
+        numbers.append(np.concatenate([at + np.arange(start - 1, n) for at, n, start in each]))
+    renumbered = {int(old): new for new, old in enumerate(numbers[0])}
+    assert (part.own == whole.own[numbers[1]]).all()
+    assert part.units.tolist() == [renumbered.get(int(u), -1) for u in whole.units[numbers[1]]]
+    assert 0 < part.share < 1 and len(part.units) == int(later[1].targets.sum())
+
+
+@needs_shared
 def test_words_that_both_know_meet() -> None:
     text = "He said that the little house was near the big tree."
     joint, a, _ = joined("stories-260k", "gpt2-tokenizer", text)
@@ -496,3 +516,6 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(FedllmError, match="source's public rows predict no tokens"):
         bridge(one, one, labelled, two, same, len(one))
     assert not len(bridge(one, one, NOTHING, NOTHING, same, len(one)).units)
+    bare = Examples(*packed([[], []]), EMPTY, EMPTY, EMPTY).without_labels()
+    assert (bridge(one, one, bare, two, same, len(one)).units == -1).all()
+    assert not len(bridge(one, one, two, bare, same, len(one)).units)

@@ -165,11 +165,12 @@ def bridge(
         first, begin = last - int(source.lengths[row]), end - int(target.lengths[row])
         paired = _in_place(align(a[first:last], b[begin:end]), a[first:last], b[begin:end])
         found[begin:end] = np.where(paired < 0, -1, paired + first)
-    numbers = _numbers(source)
+    # one more token, which -1 points at and nothing predicts
+    numbers, tokens = np.append(_numbers(source), -1), np.append(source.flat, 0)
     wanted = _numbers(target) >= 0
     found = found[wanted]
     own = target.flat[wanted].astype(np.int64)
-    sure = (found >= 0) & (map[source.flat[found]] == own) if len(source.flat) else found >= 0
+    sure = (found >= 0) & (map[tokens[found]] == own)
     return Bridge(np.where(sure, numbers[found], -1), own, map, outputs)
 
 

@@ -64,7 +64,7 @@ class Reader:
 
     kind: how they are written. "bytes": in byte-level BPE's letters. "words": WordPiece, where what
     lacks ``prefix`` starts a word. "plain": sentencepiece and whatever writes text as it is.
-    literal: tokens that were added as they are.  uncased: it knows no capital letters.
+    literal: tokens that were added to it.  uncased: it knows no capital letters.
     """
 
     tokenizer: Any
@@ -79,7 +79,7 @@ class Reader:
         """The bytes of one token; none for a number without a token."""
         if not token:
             return b""
-        if number in self.literal or number in self.special:
+        if number in self.special or (self.kind != "plain" and number in self.literal):
             return bytes_of(token)
         if self.kind == "bytes" and all(letter in ALPHABET for letter in token):
             return bytes(ALPHABET[letter] for letter in token)

@@ -435,8 +435,8 @@ def test_words_that_both_know_meet() -> None:
 def test_a_word_does_not_pass_for_its_like() -> None:
     """Where the warping alone would pair two "the" at different places of the text."""
     texts = [
-        "participants can send parameters to the participating ends the global model",
-        "a tree and the bird and the cat and the dog and the end of the the the day",
+        "on to sends global the for model data global the trains with",
+        "server with the the the sends the",
     ]
     joint, a, b = joined("stories-260k", "gpt2-tokenizer", *texts)
     for row in range(2):
@@ -450,7 +450,7 @@ def test_a_word_does_not_pass_for_its_like() -> None:
             found += [(row, len("".join(parts[:place]))) for place in range(len(parts))]
         starts.append(found)
     paired = [(starts[0][i], starts[1][j]) for j, i in enumerate(joint.units) if i >= 0]
-    assert len(paired) > 3 and all(mine == theirs for mine, theirs in paired)
+    assert paired and all(mine == theirs for mine, theirs in paired)
 
 
 def slow_carry(known: TopK, units: Ints, map: Ints, own: Ints) -> list[dict[int, float]]:

@@ -14,7 +14,7 @@ BASE = LOW | {"message", "ledger", "experiment"}
 MODELS = BASE | {"models", "data", "codecs", "transport"}
 TRAINING = MODELS | {"training"}
 EXCHANGE = TRAINING | {"aggregation", "exchange"}
-STRATEGIES = EXCHANGE | {"states", "strategies"}
+STRATEGIES = EXCHANGE | {"states", "strategies", "knowledge"}
 ROUND = STRATEGIES | {"worker", "remote", "checkpoint", "round", "costs", "summary"}
 FEDERATION = ROUND | {"federation", "report", "compare"}
 ALLOWED = {
@@ -30,6 +30,7 @@ ALLOWED = {
     "data": BASE | {"data"},
     "models": BASE | {"models"},
     "aggregation": LOW,
+    "knowledge": LOW | {"data"},
     "training": TRAINING,
     "exchange": EXCHANGE,
     "summary": {"ledger", "experiment"},

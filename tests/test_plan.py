@@ -32,7 +32,7 @@ from fedllm.summary import costs as measured
 from fedllm.summary import per_client_round
 from shared import model as shared_model
 from shared import needs_shared
-from small import BERT, GPT2, experiment, finish
+from small import BERT, GPT2, experiment, final, finish, furthest
 
 BABY = shared_model("babyllama-0.9m")
 LLAMA_7B = {
@@ -137,6 +137,18 @@ def test_a_plan_of_every_kind_of_tunables(
                     evaluation={"every": 0}))  # fmt: skip
 
 
+def test_a_public_set_too_large_to_remember_is_run_anew() -> None:
+    """Beside private rows whose lower blocks are remembered."""
+    spec = experiment(
+        GPT2, rounds=2, tunables={"kind": "lora", "rank": 2, "layers": [-1]},
+        strategy={"kind": "logits"}, public={"size": 20, "rows_per_round": 5},
+        evaluation={"every": 0},
+    )  # fmt: skip
+    ends = [final(replaced) for replaced in (spec, spec.replace(model=ex.Model(cache=False)))]
+    assert furthest(*ends) < 1e-5
+    hold(spec)
+
+
 def test_codecs_and_absent_clients_are_foreseen() -> None:
     codecs = {"activation": "fp16", "gradient": "fp16", "parameter": "fp16"}
     spec = experiment(strategy={"kind": "activations", "cut": 1}, evaluation={"every": 0},
@@ -233,9 +245,24 @@ def test_seconds_are_those_of_the_slowest_site() -> None:
     phone = next(share for share in line.shares if share.name == "phone")
     by_hand = phone.flops / 1e8 + phone.up / 1e4 + phone.down / 1e5 + 2 * 1.0
     assert line.seconds == pytest.approx(by_hand)
-    narrow = described(3, sites=[fast, {**fast, "count": 2}], server={"down": 10.0})
+    narrow = described(3, sites=[fast, {**fast, "name": "ward", "count": 2}], server={"down": 10.0})
     line = plan.look(narrow).lines[0]
     assert line.seconds == pytest.approx(3 * line.up / 10)
+
+
+def test_sites_are_told_apart_by_their_place() -> None:
+    small, large = {"rows": 10}, {"rows": 1000}
+    for strategy in range(3):
+        line = plan.look(described(2, sites=[small, large])).lines[strategy]
+        assert [share.name for share in line.shares] == ["site 1", "site 2"]
+        alone = [plan.look(described(1, sites=[s])).lines[strategy].shares[0].flops
+                 for s in (small, large)]  # fmt: skip
+        assert [share.flops for share in line.shares] == alone
+    with pytest.raises(FedllmError, match="plan: sites: 'ward' twice"):
+        described(2, sites=[{"name": "ward"}, {"name": "ward"}])
+    spec = described(2, sites=[small, large])
+    again = ex.parse_text(ex.dump(spec), "again", Path.cwd())
+    assert again.plan == spec.plan
 
 
 def test_an_impossible_strategy_says_why() -> None:

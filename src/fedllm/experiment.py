@@ -7,6 +7,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -341,7 +342,7 @@ class PlanSite(Section):
     a message takes however short it is.
     """
 
-    name: str = "site"
+    name: str | None = None
     count: Positive = 1
     rows: Positive | None = None
     flops: Rate = 1e11
@@ -377,6 +378,21 @@ class Plan(Section):
     public_sizes: tuple[Positive, ...] = ()
     sites: tuple[PlanSite, ...] = ()
     server: PlanServer = PlanServer()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each of the sites is called, also those without a name; one where there is none."""
+        if len(self.sites) < 2:
+            return tuple(site.name or "site" for site in self.sites) or ("site",)
+        return tuple(site.name or f"site {n}" for n, site in enumerate(self.sites, 1))
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        names = sorted(self.names)
+        twice = [name for name, after in pairwise(names) if name == after]
+        if twice:
+            raise ValueError(f"sites: {twice[0]!r} twice; give each another name")
+        return self
 
 
 class Experiment(Section):

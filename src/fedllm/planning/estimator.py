@@ -46,7 +46,7 @@ class Estimator:
         self.model = self.shapes.whole
         self._per_row: dict[tuple[object, ...], int] = {}
         self.few = False  # so few lengths that each had better be counted by itself
-        self._private: dict[str, Batches] = {}
+        self._private: dict[Crowd, Batches] = {}
         self._joined: tuple[tuple[Crowd, ...], Batches] = ((), Batches.joined([]))
         self._lives: dict[tuple[object, ...], tuple[int, int, int]] = {}
 
@@ -156,15 +156,15 @@ class Estimator:
 
     def private(self, crowd: Crowd, longest: int) -> Batches:
         """The batches of a client's first round."""
-        if crowd.name not in self._private:
-            self._private[crowd.name] = self._batches(crowd, longest)
-        return self._private[crowd.name]
+        if crowd not in self._private:
+            self._private[crowd] = self._batches(crowd, longest)
+        return self._private[crowd]
 
     def _batches(self, crowd: Crowd, longest: int) -> Batches:
         training, seed = self.training, self.experiment.seeds[0]
         groups: list[list[int]] = []
         for number in range(training.epochs):
-            rng = stream(seed, crowd.name, "private", "order", number)
+            rng = stream(seed, crowd.client, "private", "order", number)
             groups += order(crowd.train.lengths, training.batch_size, training.padding, rng)
         return Batches.of(crowd.train, groups, longest if training.padding == "fixed" else None)
 

@@ -12,7 +12,6 @@ import numpy as np
 from fedllm import costs
 from fedllm import experiment as ex
 from fedllm.costs import PublicSize, Roles
-from fedllm.data.simulation import names
 from fedllm.errors import FedllmError
 from fedllm.models.core import Part
 from fedllm.models.loading import LanguageModel
@@ -129,11 +128,10 @@ def _total(
 class _Frames:
     """Headers of what a client is sent and sends."""
 
-    def __init__(self, estimator: Estimator, data: Sizes, kind: str, crowd: Crowd) -> None:
+    def __init__(self, estimator: Estimator, kind: str, crowd: Crowd) -> None:
         experiment = estimator.experiment
         self.run = f"{experiment.name}-{kind}-{experiment.seeds[0]}"
-        alike = crowd.count > 1 or bool(experiment.plan.rows)
-        self.client = names(data.clients)[0] if alike else crowd.name
+        self.client = crowd.client
         self.down = self.up = self.messages = 0
 
     def add(
@@ -195,7 +193,7 @@ def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) ->
     up, down = costs.parameters_payload(est.model)
     bills = []
     for crowd in data.crowds:
-        frames = _Frames(est, data, "parameters", crowd)
+        frames = _Frames(est, "parameters", crowd)
         frames.add("down", "a1", "train", "parameter", sent=sent)
         frames.add("up", "a3", "", "parameter", sent=sent, weight=float(len(crowd.train.lengths)),
                    loss=LOSS)  # fmt: skip
@@ -234,7 +232,7 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
 
     bills = []
     for crowd in data.crowds:
-        frames = _Frames(est, data, "logits", crowd)
+        frames = _Frames(est, "logits", crowd)
         frames.add("down", "b1", "know", "index", sent={"rows": (drawn,)}, public="0" * 16)
         shape = {"logits": (size.units, model.outputs)}
         frames.add("up", "b3", "", "logit", sent=shape, weight=float(drawn), loss=LOSS)
@@ -266,18 +264,18 @@ def _activations(est: Estimator, spec: ex.Activations, data: Sizes, named: str) 
     mine = [n for n in mine if n in costs.travelling(model)]
     half = costs.tunable_bytes(model, mine)
     sent = _shapes(model, mine)
-    batch_of = {crowd.name: est.private(crowd, data.longest) for crowd in data.crowds}
+    batch_of = {crowd: est.private(crowd, data.longest) for crowd in data.crowds}
     most = max(len(batches) for batches in batch_of.values())
     bills = []
     for crowd in data.crowds:
-        private = batch_of[crowd.name]
+        private = batch_of[crowd]
         number, every = len(private), spec.average_every
         averages = -(-most // every) if every else 1
         uploads = -(-number // every) if every else 1
         up, down = costs.activations_roles(
             model, spec, crowd.train.size, experiment.training.epochs, half, averages, uploads
         )
-        frames = _split_frames(est, data, crowd, private, home, sent, averages, uploads)
+        frames = _split_frames(est, crowd, private, home, sent, averages, uploads)
         flops, memory, server = _split_client(est, crowd, private, est.heaviest(data), cut, home)
         bills.append(_Bill(crowd, up, down, (frames.up, frames.down), frames.messages, flops,
                            memory, server))  # fmt: skip
@@ -288,11 +286,11 @@ def _activations(est: Estimator, spec: ex.Activations, data: Sizes, named: str) 
 
 
 def _split_frames(
-    est: Estimator, data: Sizes, crowd: Crowd, private: Batches, home: bool,
+    est: Estimator, crowd: Crowd, private: Batches, home: bool,
     sent: dict[str, tuple[int, ...]], averages: int, uploads: int,
 ) -> _Frames:  # fmt: skip
     """What crosses for the batches of a round, and for its averages."""
-    frames, number = _Frames(est, data, "activations", crowd), len(private)
+    frames, number = _Frames(est, "activations", crowd), len(private)
     cells, rows = int(private.tokens.mean()), int(private.rows.mean())
     hidden = (cells, est.model.width)
     bare = {"hidden": hidden, "lengths": (rows,)}

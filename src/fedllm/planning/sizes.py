@@ -12,6 +12,7 @@ from fedllm import experiment as ex
 from fedllm import federation
 from fedllm.costs import ClientSize
 from fedllm.data.examples import Examples
+from fedllm.data.simulation import names
 from fedllm.errors import FedllmError
 from fedllm.flat import Ints
 from fedllm.models.loading import load_config
@@ -106,11 +107,16 @@ class Shape:
     units: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Crowd:
-    """Clients that are alike: how many, their rows, tokens held out, and their machines."""
+    """
+    Clients that are alike: how many, their rows, tokens held out, and their machines.
+
+    name: what a plan calls them.  client: what one of them is called in frames.
+    """
 
     name: str
+    client: str
     count: int
     train: Rows
     held_out: int
@@ -159,7 +165,7 @@ def sizes(experiment: ex.Experiment) -> Sizes:
         return _described(experiment, labels, prepared)
     sites = [site for site in _sites(experiment) for _ in range(site.count)]
     crowds = tuple(
-        Crowd(name, 1, Rows.of(data.train), data.test.tokens, site)
+        Crowd(name, name, 1, Rows.of(data.train), data.test.tokens, site)
         for (name, data), site in zip(prepared.clients.items(), sites, strict=True)
     )
     public = _public(experiment, Rows.of(prepared.public))
@@ -189,10 +195,11 @@ def _described(
     per_row = 1.0 if experiment.task.kind == "classification" else (
         spec.targets or (read.units / read.rows if read else max(tokens - 1, 1))
     )  # fmt: skip
+    first, rows = names(experiment.simulation.clients)[0], spec.rows or round(mean)
     crowds = tuple(
-        Crowd(site.name, site.count, Rows.alike(site.rows or spec.rows or round(mean), tokens,
-                                                min(per_row, tokens)), 0, site)
-        for site in _sites(experiment)
+        Crowd(name, first, site.count, Rows.alike(site.rows or rows, tokens, min(per_row, tokens)),
+              0, site)
+        for name, site in zip(spec.names, _sites(experiment), strict=True)
     )  # fmt: skip
     known = Rows.of(prepared.public) if prepared else Rows.alike(
         experiment.public.size, tokens, per_row

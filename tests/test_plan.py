@@ -63,15 +63,19 @@ def random_gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def compared(spec: ex.Experiment) -> tuple[Line, dict[str, float], dict[str, Any]]:
-    """(planned, measured per client and round, measured at the server)."""
-    prepared = federation.prepare(spec, 0)
-    name = federation.run_id(spec, 0)
-    built = federation.assemble(spec, 0, prepared, Ledger(), name, Silent())
+    """(planned, measured per client and round that it takes part in, measured of everybody)."""
+    (seed,) = spec.seeds
+    prepared = federation.prepare(spec, seed)
+    name = federation.run_id(spec, seed)
+    built = federation.assemble(spec, seed, prepared, Ledger(), name, Silent())
     finish(built)
     found = measured(built.ledger.rows, spec.rounds)
     data = sizes(spec)
     planned = lines.line(Estimator(spec, data.labels), spec.strategy, data)
-    return planned, per_client_round(found, spec.rounds), found.get("server", {})
+    took_part = len(found) - ("server" in found)
+    times = took_part / (spec.exchange.clients_per_round or took_part)
+    mean = per_client_round(found, spec.rounds)
+    return planned, {k: v if k == "peak_memory" else v * times for k, v in mean.items()}, found
 
 
 STRATEGIES: list[dict[str, Any]] = [
@@ -84,13 +88,16 @@ STRATEGIES: list[dict[str, Any]] = [
 
 
 def hold(spec: ex.Experiment) -> None:
-    line, client, server = compared(spec)
+    line, client, everybody = compared(spec)
+    server = everybody.get("server", {})
     assert not line.refused
     assert line.up == pytest.approx(client["bytes_up"], rel=0.01)
     assert line.down == pytest.approx(client["bytes_down"], rel=0.01)
     assert line.flops == pytest.approx(client["flops"], rel=0.05)
     assert line.server_flops == pytest.approx(server.get("flops", 0) / spec.rounds, rel=0.05)
     assert line.memory == pytest.approx(client["peak_memory"], rel=0.2)
+    for share in line.shares:
+        assert share.memory == pytest.approx(everybody[share.name]["peak_memory"], rel=0.2)
     if server.get("peak_memory"):
         assert line.server_memory == pytest.approx(server["peak_memory"], rel=0.2)
 
@@ -147,6 +154,40 @@ def test_a_public_set_too_large_to_remember_is_run_anew() -> None:
     ends = [final(replaced) for replaced in (spec, spec.replace(model=ex.Model(cache=False)))]
     assert furthest(*ends) < 1e-5
     hold(spec)
+
+
+@pytest.mark.parametrize(
+    "strategy", [*STRATEGIES[:2], {"kind": "activations", "cut": 2}], ids=lambda s: s["kind"]
+)
+def test_a_plan_of_rounds_that_some_miss(strategy: dict[str, Any]) -> None:
+    """Who was away is brought up to date; a set is shipped once, and frozen blocks run once."""
+    hold(experiment(
+        GPT2, rounds=4, seeds=[1], strategy=strategy, exchange={"clients_per_round": 2},
+        simulation={"sizes": [8, 8, 8]}, public={"size": 20, "ship": True},
+        tunables={"kind": "lora", "rank": 16, "layers": [1, 2, 3]}, evaluation={"every": 0},
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:4], ids=lambda s: "-".join(map(str, s.values())))
+def test_a_plan_of_rows_padded_to_a_fixed_length(strategy: dict[str, Any]) -> None:
+    hold(experiment(GPT2, strategy=strategy, training={"padding": "fixed"},
+                    evaluation={"every": 0}))  # fmt: skip
+
+
+def test_a_plan_of_a_shipped_public_set() -> None:
+    hold(experiment(
+        GPT2, rounds=2, strategy={"kind": "logits"}, evaluation={"every": 0},
+        training={"rate": 0.001}, public={"size": 40, "ship": True, "labelled": True},
+    ))  # fmt: skip
+
+
+def test_a_small_site_needs_less_memory_than_a_large_one() -> None:
+    watch, room = {"name": "watch", "rows": 2}, {"name": "room", "rows": 1000}
+    one, both = (plan.look(described(len(s), sites=s)) for s in ([watch], [watch, room]))
+    for alone, line in zip(one.lines, both.lines, strict=True):
+        assert line.shares[0].memory == alone.memory <= line.shares[1].memory
+        assert line.memory == line.shares[1].memory
+    assert line.shares[0].memory < line.memory
 
 
 def test_codecs_and_absent_clients_are_foreseen() -> None:
@@ -248,6 +289,19 @@ def test_seconds_are_those_of_the_slowest_site() -> None:
     narrow = described(3, sites=[fast, {**fast, "name": "ward", "count": 2}], server={"down": 10.0})
     line = plan.look(narrow).lines[0]
     assert line.seconds == pytest.approx(3 * line.up / 10)
+
+
+@pytest.mark.parametrize("server", ["per-client", "concatenated"])
+def test_each_batch_waits_for_the_slowest_site(server: str) -> None:
+    """Until it has none left; the server's own seconds are none here."""
+    links = {"up": 1e15, "down": 1e15, "latency": 0.0}
+    slow = {"name": "slow", "rows": 32, "flops": 1e7, **links}
+    fast = {"name": "fast", "rows": 3200, "flops": 1e9, **links}
+    spec = described(2, sites=[fast, slow], tokens=16.0, server={"flops": 1e30})
+    spec = spec.replace(strategy=ex.Activations(cut=1, server=server))  # type: ignore[arg-type]
+    line = plan.look(spec).lines[2]
+    quick, long = (share.seconds for share in line.shares)
+    assert line.seconds == pytest.approx(2 * (long / 2) + 198 * (quick / 200), rel=1e-3)
 
 
 def test_sites_are_told_apart_by_their_place() -> None:

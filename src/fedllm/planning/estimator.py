@@ -46,7 +46,7 @@ class Estimator:
         self.model = self.shapes.whole
         self._per_row: dict[tuple[object, ...], int] = {}
         self.few = False  # so few lengths that each had better be counted by itself
-        self._private: dict[Crowd, Batches] = {}
+        self._private: dict[tuple[Crowd, int | None], Batches] = {}
         self._joined: tuple[tuple[Crowd, ...], Batches] = ((), Batches.joined([]))
         self._lives: dict[tuple[object, ...], tuple[int, int, int]] = {}
 
@@ -147,26 +147,33 @@ class Estimator:
     # how rows become batches ------------------------------------------------------------------
 
     def heaviest(self, data: Sizes) -> Batches:
-        """The batches of all clients, of which the largest decides how much memory one needs."""
+        """All batches that come to a server of activations: the largest decides on its memory."""
         crowds, found = self._joined
         if crowds is not data.crowds:
-            found = Batches.joined([self.private(crowd, data.longest) for crowd in data.crowds])
+            found = Batches.joined([self.travelled(crowd) for crowd in data.crowds])
             self._joined = data.crowds, found
         return found
 
     def private(self, crowd: Crowd, longest: int) -> Batches:
         """The batches of a client's first round."""
-        if crowd not in self._private:
-            self._private[crowd] = self._batches(crowd, longest)
-        return self._private[crowd]
+        return self._batches(crowd, longest if self.training.padding == "fixed" else None)
 
-    def _batches(self, crowd: Crowd, longest: int) -> Batches:
+    def travelled(self, crowd: Crowd) -> Batches:
+        """The same as a server of activations has them: packed, so no longer than their rows."""
+        return self._batches(crowd, None)
+
+    def _batches(self, crowd: Crowd, pad_to: int | None) -> Batches:
+        if (crowd, pad_to) not in self._private:
+            self._private[crowd, pad_to] = Batches.of(crowd.train, self._groups(crowd), pad_to)
+        return self._private[crowd, pad_to]
+
+    def _groups(self, crowd: Crowd) -> list[list[int]]:
         training, seed = self.training, self.experiment.seeds[0]
         groups: list[list[int]] = []
         for number in range(training.epochs):
             rng = stream(seed, crowd.client, "private", "order", number)
             groups += order(crowd.train.lengths, training.batch_size, training.padding, rng)
-        return Batches.of(crowd.train, groups, longest if training.padding == "fixed" else None)
+        return groups
 
     def anew(self, rows: Rows, size: int, longest: int, epochs: int = 1) -> Batches:
         """Batches of shuffled rows; none of no rows."""

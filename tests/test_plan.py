@@ -7,9 +7,11 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -27,7 +29,7 @@ from fedllm.planning import advise, lines, plan
 from fedllm.planning.advise import Choice, Limits
 from fedllm.planning.estimator import Estimator
 from fedllm.planning.lines import Line
-from fedllm.planning.sizes import sizes
+from fedllm.planning.sizes import Rows, sizes
 from fedllm.summary import costs as measured
 from fedllm.summary import per_client_round
 from shared import model as shared_model
@@ -319,6 +321,54 @@ def test_sites_are_told_apart_by_their_place() -> None:
     assert again.plan == spec.plan
 
 
+def test_what_a_run_would_refuse_is_not_planned() -> None:
+    """Rows longer than the model takes, however that comes about."""
+    for changes, said in (
+        ({"public_tokens": 1e5}, r"plan.public_tokens = 100000: a row has at most 128 tokens"),
+        ({"targets": 20.0}, r"plan.targets = 20: a row has 16.5 tokens"),
+    ):
+        with pytest.raises(FedllmError, match=said):
+            plan.look(described(3, task="generation", **changes))
+    spec = described(3)
+    with pytest.raises(FedllmError, match=r"data.max_tokens = 9999: the model takes at most 128"):
+        plan.look(spec.replace(data=ex.Data(max_tokens=9999)))
+    with pytest.raises(FedllmError, match=r"tunables.tokens: they leave 0 of the model's"):
+        plan.look(spec.replace(tunables=ex.Prompt(tokens=200)))
+    spec = described(3, ranks=[4, 120, 500], cuts=[1], public_sizes=[9])
+    found = advise.advise(spec.replace(tunables=ex.Prompt(tokens=4)), Limits())
+    assert {c.rank for c in found.choices if not c.broken} == {4}
+    assert {c.broken[0].split(":")[0] for c in found.choices if c.rank > 4} == {
+        "plan.tokens = 16.5", "tunables.tokens"
+    }  # fmt: skip
+    one_by_one = described(3).replace(exchange=ex.Exchange(resident=False))
+    parameters, _, split = plan.look(one_by_one).lines
+    assert not parameters.refused and "exchange.resident = false" in split.refused
+
+
+def test_public_rows_of_a_plan_are_like_those_of_a_run() -> None:
+    """Every token but the first is predicted; those that there are not are like the clients'."""
+    spec = described(3, task="generation", targets=5.0)
+    for told in (spec, spec.replace(plan=spec.plan.model_copy(update={"public_tokens": 16.5}))):
+        assert sizes(told).public.size.units == pytest.approx(50 * 15.5, abs=1)
+    more = experiment(public={"size": 0}, plan={"public_rows": 50})
+    mine = sizes(more)
+    tokens = sum(c.train.size.tokens for c in mine.crowds) / sum(
+        c.train.size.rows for c in mine.crowds
+    )  # fmt: skip
+    assert mine.public.size.tokens / 50 == pytest.approx(tokens, abs=0.1)
+
+
+def test_rows_of_a_round_are_drawn_at_random() -> None:
+    """The plan counts those of the mean, not the first ones."""
+    spec = described(3, task="generation").replace(public=ex.Public(rows_per_round=8))
+    tokens = np.repeat([4, 16], [10, 30])
+    data = replace(sizes(spec), public=Rows(tokens, tokens - 1))
+    estimator = Estimator(spec, data.labels)
+    found = lines.line(estimator, ex.Logits(), data)
+    assert found.payload[0] == 8 * 12 * estimator.model.outputs * 4
+    assert data.public.resized(8).lengths.tolist() == [4] * 2 + [16] * 6
+
+
 def test_an_impossible_strategy_says_why() -> None:
     spec = described(3, public_rows=0)
     logits = plan.look(spec).lines[1]
@@ -481,18 +531,25 @@ def test_a_cut_outside_the_model_is_refused() -> None:
         advise.advise(described(3, cuts=[9]), Limits())
 
 
+def _logits(model: Any, rows: int, codecs: dict[str, str]) -> int:
+    whole, index = sum(costs.logits_payload(model, PublicSize(rows, rows, rows))), 2 * rows * 4
+    return costs.coded({"logit": whole - index, "index": index}, codecs)
+
+
 def test_break_even_is_where_both_send_the_same() -> None:
     """F-04, against a search over numbers of rows."""
-    for head in ("shared", "frozen"):
-        spec = described(3, ranks=[1, 8, 30]).replace(tunables=ex.Lora(rank=8, head=head))
+    codecs: list[dict[str, str]] = [{}, {"parameter": "fp16"}, {"logit": "fp16"}]
+    for head, codec in (*product(["shared"], codecs), ("frozen", {})):
+        spec = described(3, ranks=[1, 8, 30]).replace(
+            tunables=ex.Lora(rank=8, head=head), exchange=ex.Exchange(codecs=codec)  # type: ignore[arg-type]
+        )  # fmt: skip
         data = sizes(spec)
         model = Estimator(spec, data.labels).model
         even = plan.even_rows(spec, data, Estimator(spec, data.labels))
         for rank, rows in even.items():
             sized = load(ex.Model(), ex.Task(), ex.Lora(rank=rank, head=head), 77, 0, meta=True)  # type: ignore[arg-type]
-            sent = sum(costs.parameters_payload(sized))
-            less = [n for n in range(3000) if sum(
-                costs.logits_payload(model, PublicSize(n, n, n))) < sent]  # fmt: skip
+            sent = costs.coded({"parameter": sum(costs.parameters_payload(sized))}, codec)
+            less = [n for n in range(3000) if _logits(model, n, codec) < sent]
             assert less[-1] < rows <= less[-1] + 1
 
 

@@ -153,15 +153,18 @@ def header(
     return bare + roles + digits + -(-(shapes + 2) // 8) * 8 - 8
 
 
-def break_even(model: LanguageModel, tokens: float = 1.0) -> float:
+def break_even(
+    model: LanguageModel, tokens: float = 1.0, codecs: Mapping[str, str] | None = None
+) -> float:
     """
     Public rows a round below which logits send less than parameters, both directions together.
 
-    Units of ``tokens`` predicted positions a row (classification: 1). The head is included, where
-    it travels.
+    Units of ``tokens`` predicted positions a row (classification: 1), each side behind its codec.
+    The head is included, where it travels.
     """
-    row = 2 * tokens * model.outputs * FLOAT + 2 * INT
-    return sum(parameters_payload(model)) / row
+    share = {role: SHARE.get(codec, 1.0) for role, codec in (codecs or {}).items()}
+    row = 2 * tokens * model.outputs * FLOAT * share.get("logit", 1.0) + 2 * INT
+    return sum(parameters_payload(model)) * share.get("parameter", 1.0) / row
 
 
 def batches(rows: int, size: int) -> int:

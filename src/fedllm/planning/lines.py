@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from fedllm import costs
 from fedllm import experiment as ex
@@ -68,9 +69,15 @@ def line(estimator: Estimator, spec: ex.Strategy, data: Sizes) -> Line:
         "parameters": _parameters, "logits": _logits, "activations": _activations,
     }  # fmt: skip
     estimator.few = data.few
-    named = variant(estimator.experiment.replace(strategy=spec))
+    named = variant(estimator.experiment.model_copy(update={"strategy": spec}))
     try:
+        if data.refused:
+            raise FedllmError(data.refused)
+        estimator.experiment.replace(strategy=spec)
         return makers[spec.kind](estimator, spec, data, named)
+    except ValidationError as error:
+        said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        return Line(spec.kind, named, refused=said)
     except FedllmError as error:
         return Line(spec.kind, named, refused=str(error))
 
@@ -230,8 +237,10 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
         raise FedllmError(NO_PUBLIC)
     every = len(data.public.lengths)
     drawn = min(experiment.public.rows_per_round or every, every)
-    rows = data.public.resized(drawn)
-    size = PublicSize(drawn, rows.size.tokens, rows.size.units)
+    rows, whole = data.public.resized(drawn), data.public.size
+    # of a draw at random bytes are those of the mean
+    size = PublicSize(drawn, round(whole.tokens * drawn / every),
+                      round(whole.units * drawn / every))  # fmt: skip
     up, down = costs.logits_payload(model, size)
     index = 2 * drawn * costs.INT
     looked = est.in_order(rows, experiment.evaluation.batch_size)

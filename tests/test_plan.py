@@ -25,7 +25,7 @@ from fedllm.federation import Silent
 from fedllm.ledger import Ledger
 from fedllm.models.flops import count
 from fedllm.models.loading import load, load_config
-from fedllm.planning import advise, lines, plan
+from fedllm.planning import advise, lines, plan, show
 from fedllm.planning.advise import Choice, Limits
 from fedllm.planning.estimator import Estimator
 from fedllm.planning.lines import Line
@@ -343,6 +343,64 @@ def test_what_a_run_would_refuse_is_not_planned() -> None:
     one_by_one = described(3).replace(exchange=ex.Exchange(resident=False))
     parameters, _, split = plan.look(one_by_one).lines
     assert not parameters.refused and "exchange.resident = false" in split.refused
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[plan.sites]]\nrow = 3", "unknown key 'plan.sites.0.row'; did you mean 'rows'"),
+        ("sweep = 3", "sweep = 3: Input should be a valid array"),
+        ("compare = 3", "compare = 3: Input should be"),
+    ],
+)
+def test_wrong_tables_are_refused_by_name(text: str, said: str) -> None:
+    with pytest.raises(FedllmError, match=said):
+        ex.parse_text(text, "test", Path.cwd())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_attention_heads": 5}, r"hidden size \(32\) is not a multiple"),
+        ({"num_hidden_layers": "four"}, "'num_hidden_layers' expected int, got str"),
+        ({"max_position_embeddings": None}, "'max_position_embeddings' expected int, got None"),
+    ],
+)
+def test_a_wrong_configuration_is_named(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:  # fmt: skip
+    name = config(tmp_path, {**QWEN, "model_type": "llama", **changes})
+    with pytest.raises(FedllmError, match=rf"{tmp_path}.*config.json is wrong.*{said}"):
+        plan.look(described(3, name))
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_hidden_layers": 2},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_without_a_family_are_planned_whole(tmp_path: Path, kind: str) -> None:
+    name = config(tmp_path, {**OTHERS[kind], "model_type": kind, "hidden_size": 32,
+                             "vocab_size": 300, "max_position_embeddings": 128})  # fmt: skip
+    parameters, logits, split = plan.look(described(3, name, task="generation")).lines
+    assert not parameters.refused and not logits.refused
+    assert "cannot be cut yet" in split.refused
+
+
+def test_what_does_not_run_without_values_is_named(tmp_path: Path) -> None:
+    name = config(tmp_path, {**QWEN, "num_attention_heads": 5})
+    for line in plan.look(described(3, name)).lines:
+        assert f"model.name = {name!r}: a model of type 'qwen2'" in line.refused
+
+
+def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = described(1, ranks=[2], cuts=[1], sites=[{"name": "ward [/red]", "memory": 1.0}])
+    spec = spec.replace(name="a[/b] [red]")
+    show.show(plan.look(spec), advise.advise(spec, Limits()))
+    said = capsys.readouterr().out
+    assert "a[/b] [red]: plan" in said and "'ward [/red]'" in said
 
 
 def test_public_rows_of_a_plan_are_like_those_of_a_run() -> None:

@@ -241,6 +241,8 @@ class Blueprint:
 
         more: blocks that each run keeps beyond the fewest, where neighbours matter.
         """
+        if self.whole.family is None:  # nobody knows which of its blocks are alike
+            return [Small(1, self.whole, cut, begin)]
         marks = sorted({0, begin, cut, self.whole.blocks})
         pieces = [
             (low, Run(len(list(same)), held))

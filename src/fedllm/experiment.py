@@ -755,16 +755,17 @@ def _path(text: str, folder: Path) -> str:
 
 def _resolve_all(values: dict[str, Any], folder: Path) -> None:
     """Every path of an experiment, also those that a sweep sets."""
+    sweep, compare = values.get("sweep"), values.get("compare")
     for section, key in PATHS:
         _resolve(values.get(section), key, folder)
-        for axis in values.get("sweep") or ():
+        for axis in sweep if isinstance(sweep, list | tuple) else ():
             name = f"{section}.{key}"
             if isinstance(axis, dict) and isinstance(axis.get(name), list | tuple):
                 axis[name] = [
                     _path(value, folder) if isinstance(value, str) and value != "builtin" else value
                     for value in axis[name]
                 ]
-    for strategy in (values.get("strategy"), (values.get("compare") or {}).get("logits")):
+    for strategy in (values.get("strategy"), isinstance(compare, dict) and compare.get("logits")):
         if isinstance(strategy, dict) and isinstance(strategy.get("client_models"), list):
             strategy["client_models"] = [_path(item, folder) for item in strategy["client_models"]]
 
@@ -838,7 +839,14 @@ def _known(keys: list[str]) -> list[str]:
         if isinstance(model, type) and issubclass(model, BaseModel) and key in model.model_fields:
             model = model.model_fields[key].annotation
         else:
-            options: list[Any] = [option for option in get_args(model) if isinstance(option, type)]
+            options: list[Any] = [
+                option
+                for option in get_args(model)
+                if isinstance(option, type) and issubclass(option, BaseModel)
+            ]
+            if key.isdigit() and options:  # one of a list
+                model = options[0]
+                continue
             tagged = [
                 option
                 for option in options

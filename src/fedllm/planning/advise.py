@@ -296,6 +296,8 @@ def resized(experiment: ex.Experiment, rank: int) -> ex.Experiment:
 
 def cuts(experiment: ex.Experiment, blocks: int) -> list[int]:
     """Cuts to try: those of ``[plan]``, else after one block and at the quarters."""
+    if blocks < 2:  # ``line`` says of one cut or another that there is none
+        return [1]
     wrong = [cut for cut in experiment.plan.cuts if cut >= blocks]
     if wrong:
         raise FedllmError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Literal
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from fedllm import costs
 from fedllm import experiment as ex
 from fedllm.costs import Blueprint
+from fedllm.errors import FedllmError
 from fedllm.models.core import Core, Part
+from fedllm.models.flops import written
 from fedllm.models.inputs import Inputs
 from fedllm.models.loading import LanguageModel, calm
 from fedllm.planning.sizes import Batches, Crowd, Rows, Shape, Sizes
@@ -76,13 +78,28 @@ class Estimator:
     ) -> int:  # fmt: skip
         key = (part, length, backward, cut, begin, input_grad, selected)
         if key not in self._per_row:
-            self._per_row[key] = sum(
-                factor * shapes.flops(
-                    part, length, backward, cut, begin, selected, input_grad, once
-                )
-                for factor, shapes in self.anchors
-            )  # fmt: skip
+            with self._without_values():
+                self._per_row[key] = sum(
+                    factor * shapes.flops(
+                        part, length, backward, cut, begin, selected, input_grad, once
+                    )
+                    for factor, shapes in self.anchors
+                )  # fmt: skip
         return self._per_row[key]
+
+    @contextmanager
+    def _without_values(self) -> Iterator[None]:
+        """What a model's own code makes of meta tensors; an error of it becomes ours."""
+        try:
+            yield
+        except Exception as error:
+            said = str(error).strip().splitlines()
+            raise FedllmError(
+                f"model.name = {self.experiment.model.name!r}: a model of type "
+                f"{self.model.model.config.model_type!r} and these sizes does not run without "
+                f"values ({type(error).__name__}: {said[0] if said else ''}), so it cannot be "
+                "planned; correct its config.json, or run one round and see what that cost"
+            ) from error
 
     # memory -----------------------------------------------------------------------------------
 
@@ -98,9 +115,10 @@ class Estimator:
         for one in self.shapes.small(part, cut, begin, 0 if kind == "forward" else 1):
             key = (id(one.model), kind, part, shape, one.cut, one.begin, goal)
             if key not in self._lives:
-                self._lives[key] = _live(
-                    kind, one.model, one.part(part), shape, self.training, goal
-                )
+                with self._without_values():
+                    self._lives[key] = _live(
+                        kind, one.model, one.part(part), shape, self.training, goal
+                    )
             parts = self._lives[key]
             found = [a + one.factor * b for a, b in zip(found, parts, strict=True)]
         return found[0], found[1], found[2]
@@ -212,7 +230,8 @@ def _live(
     there, on_return = LiveBytes(), LiveBytes()
     left = 0
     try:
-        with torch.set_grad_enabled(back), _drawing(model, training, back):
+        alone = written(core) if core.family is None else nullcontext()
+        with torch.set_grad_enabled(back), _drawing(model, training, back), alone:
             if kind in ("forward", "half"):
                 with there:
                     out = core(inputs)

@@ -376,7 +376,7 @@ def test_a_wrong_configuration_is_named(
 
 OTHERS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_hidden_layers": 2},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_attention_heads": 4},
 }
 
 

@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from cProfile import Profile
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -244,6 +245,22 @@ def test_seven_billion_parameters_are_planned_in_two_seconds(tmp_path: Path, tas
         parameters, _, split = found.lines
         assert parameters.up < split.up
         assert split.memory < parameters.memory
+
+
+def test_a_plan_takes_as_long_as_there_are_unlike_sites() -> None:
+    """By the number of calls, which is always the same."""
+    few, many = ({"rows": 20, "sites": [{} for _ in range(n)]} for n in (200, 1000))
+    estimator, calls = None, []
+    for values in (few, few, many):  # the first time also counts what all of them share
+        spec = described(len(values["sites"]), **values)
+        data = sizes(spec)
+        estimator = estimator or Estimator(spec, data.labels)
+        estimator.experiment = spec
+        with Profile() as profile:
+            for strategy in plan.options(spec):
+                lines.line(estimator, strategy, data)
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+    assert calls[2] < 6 * calls[1]
 
 
 def described(clients: int, name: str = GPT2, task: str = "classification", **more: Any) -> Any:

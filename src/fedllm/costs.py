@@ -226,6 +226,7 @@ class Blueprint:
         self.whole = load(model, task, tunables, labels, 0, meta=True)
         self._config = load_config(model)
         self._small: dict[tuple[Run, ...], LanguageModel] = {}
+        self._terms: dict[tuple[Part, int, int, int], list[Small]] = {}
         self._flops: dict[int, dict[tuple[object, ...], int]] = {}
 
     @cached_property
@@ -243,6 +244,12 @@ class Blueprint:
         """
         if self.whole.family is None:  # nobody knows which of its blocks are alike
             return [Small(1, self.whole, cut, begin)]
+        key = (part, cut, begin, more)
+        if key not in self._terms:
+            self._terms[key] = self._shortened(*key)
+        return self._terms[key]
+
+    def _shortened(self, part: Part, cut: int, begin: int, more: int) -> list[Small]:
         marks = sorted({0, begin, cut, self.whole.blocks})
         pieces = [
             (low, Run(len(list(same)), held))

@@ -50,6 +50,8 @@ class Estimator:
         self.few = False  # so few lengths that each had better be counted by itself
         self._private: dict[tuple[Crowd, int | None], Batches] = {}
         self._joined: tuple[tuple[Crowd, ...], Batches] = ((), Batches.joined([]))
+        self._held: dict[tuple[object, ...], int] = {}  # both by a part's key
+        self._reserved: dict[tuple[object, ...], int] = {}
         self._lives: dict[tuple[object, ...], tuple[int, int, int]] = {}
 
     # FLOPs ------------------------------------------------------------------------------------
@@ -141,6 +143,11 @@ class Estimator:
 
     def held(self, core: Core) -> int:
         """Bytes of a part's weights."""
+        if core.key not in self._held:
+            self._held[core.key] = self._weights(core)
+        return self._held[core.key]
+
+    def _weights(self, core: Core) -> int:
         if self.experiment.model.quantization == "none":
             return held_bytes(core)
         return round(sum(
@@ -155,7 +162,10 @@ class Estimator:
 
     def reserved(self, core: Core) -> int:
         """Bytes of a part's trained copies and their optimizer."""
-        return self._slots() * costs.tunable_bytes(self.model, self.model.tunables_of(core))
+        if core.key not in self._reserved:
+            names = self.model.tunables_of(core)
+            self._reserved[core.key] = self._slots() * costs.tunable_bytes(self.model, names)
+        return self._reserved[core.key]
 
     def _slots(self) -> int:
         if self.training.optimizer == "sgd":

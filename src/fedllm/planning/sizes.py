@@ -148,7 +148,7 @@ class Sizes:
         found = [np.unique(rows.lengths) for rows in (self.public, *(c.train for c in self.crowds))]
         return len(np.unique(np.concatenate(found))) < 3
 
-    @property
+    @cached_property
     def clients(self) -> int:
         """How many there are."""
         return sum(crowd.count for crowd in self.crowds)

@@ -184,6 +184,11 @@ def test_a_plan_of_a_shipped_public_set() -> None:
     ))  # fmt: skip
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES[1:3], ids=lambda s: s["kind"])
+def test_a_plan_of_a_base_in_four_bits(strategy: dict[str, Any]) -> None:
+    hold(experiment(strategy=strategy, model={"quantization": "nf4"}, evaluation={"every": 0}))
+
+
 def test_a_small_site_needs_less_memory_than_a_large_one() -> None:
     watch, room = {"name": "watch", "rows": 2}, {"name": "room", "rows": 1000}
     one, both = (plan.look(described(len(s), sites=s)) for s in ([watch], [watch, room]))

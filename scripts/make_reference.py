@@ -195,7 +195,7 @@ MEANING = {
     "plan.public_sizes": "public rows a round that it tries; empty: a tenth, half, all",
     "plan.sites": "clients that are alike; together as many as `simulation.clients`",
     "plan.server": "the server",
-    "plan.sites.name": "what a plan calls them",
+    "plan.sites.name": "what a plan calls them; without it by their number",
     "plan.sites.count": "how many there are",
     "plan.sites.rows": "training rows of each, where not `plan.rows`",
     "plan.sites.flops": "operations a second in training",

@@ -6,10 +6,13 @@ import json
 import random
 import time
 from collections.abc import Callable
+from cProfile import Profile
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -23,16 +26,16 @@ from fedllm.federation import Silent
 from fedllm.ledger import Ledger
 from fedllm.models.flops import count
 from fedllm.models.loading import load, load_config
-from fedllm.planning import advise, lines, plan
+from fedllm.planning import advise, lines, plan, show
 from fedllm.planning.advise import Choice, Limits
 from fedllm.planning.estimator import Estimator
 from fedllm.planning.lines import Line
-from fedllm.planning.sizes import sizes
+from fedllm.planning.sizes import Rows, sizes
 from fedllm.summary import costs as measured
 from fedllm.summary import per_client_round
 from shared import model as shared_model
 from shared import needs_shared
-from small import BERT, GPT2, experiment, finish
+from small import BERT, GPT2, experiment, final, finish, furthest
 
 BABY = shared_model("babyllama-0.9m")
 LLAMA_7B = {
@@ -63,15 +66,19 @@ def random_gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def compared(spec: ex.Experiment) -> tuple[Line, dict[str, float], dict[str, Any]]:
-    """(planned, measured per client and round, measured at the server)."""
-    prepared = federation.prepare(spec, 0)
-    name = federation.run_id(spec, 0)
-    built = federation.assemble(spec, 0, prepared, Ledger(), name, Silent())
+    """(planned, measured per client and round that it takes part in, measured of everybody)."""
+    (seed,) = spec.seeds
+    prepared = federation.prepare(spec, seed)
+    name = federation.run_id(spec, seed)
+    built = federation.assemble(spec, seed, prepared, Ledger(), name, Silent())
     finish(built)
     found = measured(built.ledger.rows, spec.rounds)
     data = sizes(spec)
     planned = lines.line(Estimator(spec, data.labels), spec.strategy, data)
-    return planned, per_client_round(found, spec.rounds), found.get("server", {})
+    took_part = len(found) - ("server" in found)
+    times = took_part / (spec.exchange.clients_per_round or took_part)
+    mean = per_client_round(found, spec.rounds)
+    return planned, {k: v if k == "peak_memory" else v * times for k, v in mean.items()}, found
 
 
 STRATEGIES: list[dict[str, Any]] = [
@@ -84,13 +91,16 @@ STRATEGIES: list[dict[str, Any]] = [
 
 
 def hold(spec: ex.Experiment) -> None:
-    line, client, server = compared(spec)
+    line, client, everybody = compared(spec)
+    server = everybody.get("server", {})
     assert not line.refused
     assert line.up == pytest.approx(client["bytes_up"], rel=0.01)
     assert line.down == pytest.approx(client["bytes_down"], rel=0.01)
     assert line.flops == pytest.approx(client["flops"], rel=0.05)
     assert line.server_flops == pytest.approx(server.get("flops", 0) / spec.rounds, rel=0.05)
     assert line.memory == pytest.approx(client["peak_memory"], rel=0.2)
+    for share in line.shares:
+        assert share.memory == pytest.approx(everybody[share.name]["peak_memory"], rel=0.2)
     if server.get("peak_memory"):
         assert line.server_memory == pytest.approx(server["peak_memory"], rel=0.2)
 
@@ -135,6 +145,56 @@ def test_a_plan_of_every_kind_of_tunables(
     training = {"optimizer": "adam", "epochs": 2}
     hold(experiment(GPT2, rounds=2, tunables=tunables, strategy=strategy, training=training,
                     evaluation={"every": 0}))  # fmt: skip
+
+
+def test_a_public_set_too_large_to_remember_is_run_anew() -> None:
+    """Beside private rows whose lower blocks are remembered."""
+    spec = experiment(
+        GPT2, rounds=2, tunables={"kind": "lora", "rank": 2, "layers": [-1]},
+        strategy={"kind": "logits"}, public={"size": 20, "rows_per_round": 9},
+        evaluation={"every": 0},
+    )  # fmt: skip
+    ends = [final(replaced) for replaced in (spec, spec.replace(model=ex.Model(cache=False)))]
+    assert furthest(*ends) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "strategy", [*STRATEGIES[:2], {"kind": "activations", "cut": 2}], ids=lambda s: s["kind"]
+)
+def test_a_plan_of_rounds_that_some_miss(strategy: dict[str, Any]) -> None:
+    """Who was away is brought up to date; a set is shipped once, and frozen blocks run once."""
+    hold(experiment(
+        GPT2, rounds=4, seeds=[1], strategy=strategy, exchange={"clients_per_round": 2},
+        simulation={"sizes": [8, 8, 8]}, public={"size": 20, "ship": True},
+        tunables={"kind": "lora", "rank": 16, "layers": [1, 2, 3]}, evaluation={"every": 0},
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:4], ids=lambda s: "-".join(map(str, s.values())))
+def test_a_plan_of_rows_padded_to_a_fixed_length(strategy: dict[str, Any]) -> None:
+    hold(experiment(GPT2, strategy=strategy, training={"padding": "fixed"},
+                    evaluation={"every": 0}))  # fmt: skip
+
+
+def test_a_plan_of_a_shipped_public_set() -> None:
+    hold(experiment(
+        GPT2, rounds=2, strategy={"kind": "logits"}, evaluation={"every": 0},
+        training={"rate": 0.001}, public={"size": 40, "ship": True, "labelled": True},
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:3], ids=lambda s: s["kind"])
+def test_a_plan_of_a_base_in_four_bits(strategy: dict[str, Any]) -> None:
+    hold(experiment(strategy=strategy, model={"quantization": "nf4"}, evaluation={"every": 0}))
+
+
+def test_a_small_site_needs_less_memory_than_a_large_one() -> None:
+    watch, room = {"name": "watch", "rows": 2}, {"name": "room", "rows": 1000}
+    one, both = (plan.look(described(len(s), sites=s)) for s in ([watch], [watch, room]))
+    for alone, line in zip(one.lines, both.lines, strict=True):
+        assert line.shares[0].memory == alone.memory <= line.shares[1].memory
+        assert line.memory == line.shares[1].memory
+    assert line.shares[0].memory < line.memory
 
 
 def test_codecs_and_absent_clients_are_foreseen() -> None:
@@ -191,6 +251,22 @@ def test_seven_billion_parameters_are_planned_in_two_seconds(tmp_path: Path, tas
         assert split.memory < parameters.memory
 
 
+def test_a_plan_takes_as_long_as_there_are_unlike_sites() -> None:
+    """By the number of calls, which is always the same."""
+    few, many = ({"rows": 20, "sites": [{} for _ in range(n)]} for n in (200, 1000))
+    estimator, calls = None, []
+    for values in (few, few, many):  # the first time also counts what all of them share
+        spec = described(len(values["sites"]), **values)
+        data = sizes(spec)
+        estimator = estimator or Estimator(spec, data.labels)
+        estimator.experiment = spec
+        with Profile() as profile:
+            for strategy in plan.options(spec):
+                lines.line(estimator, strategy, data)
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+    assert calls[2] < 6 * calls[1]
+
+
 def described(clients: int, name: str = GPT2, task: str = "classification", **more: Any) -> Any:
     """An experiment whose plan needs no data."""
     values = {"rows": 100, "tokens": 16.5, "labels": 77, "public_rows": 50, **more}
@@ -233,9 +309,146 @@ def test_seconds_are_those_of_the_slowest_site() -> None:
     phone = next(share for share in line.shares if share.name == "phone")
     by_hand = phone.flops / 1e8 + phone.up / 1e4 + phone.down / 1e5 + 2 * 1.0
     assert line.seconds == pytest.approx(by_hand)
-    narrow = described(3, sites=[fast, {**fast, "count": 2}], server={"down": 10.0})
+    narrow = described(3, sites=[fast, {**fast, "name": "ward", "count": 2}], server={"down": 10.0})
     line = plan.look(narrow).lines[0]
     assert line.seconds == pytest.approx(3 * line.up / 10)
+
+
+@pytest.mark.parametrize("server", ["per-client", "concatenated"])
+def test_each_batch_waits_for_the_slowest_site(server: str) -> None:
+    """Until it has none left; the server's own seconds are none here."""
+    links = {"up": 1e15, "down": 1e15, "latency": 0.0}
+    slow = {"name": "slow", "rows": 32, "flops": 1e7, **links}
+    fast = {"name": "fast", "rows": 3200, "flops": 1e9, **links}
+    spec = described(2, sites=[fast, slow], tokens=16.0, server={"flops": 1e30})
+    spec = spec.replace(strategy=ex.Activations(cut=1, server=server))  # type: ignore[arg-type]
+    line = plan.look(spec).lines[2]
+    quick, long = (share.seconds for share in line.shares)
+    assert line.seconds == pytest.approx(2 * (long / 2) + 198 * (quick / 200), rel=1e-3)
+
+
+def test_sites_are_told_apart_by_their_place() -> None:
+    small, large = {"rows": 10}, {"rows": 1000}
+    spec = described(2, sites=[small, large])
+    estimator = Estimator(spec, 77)
+    for strategy in plan.options(spec):
+        both, *alone = (
+            lines.line(estimator, strategy, sizes(described(len(sites), sites=sites))).shares
+            for sites in ([small, large], [small], [large])
+        )
+        assert [share.name for share in both] == ["site 1", "site 2"]
+        assert [share.flops for share in both] == [share.flops for (share,) in alone]
+    with pytest.raises(FedllmError, match="plan: sites: 'ward' twice"):
+        described(2, sites=[{"name": "ward"}, {"name": "ward"}])
+    again = ex.parse_text(ex.dump(spec), "again", Path.cwd())
+    assert again.plan == spec.plan
+
+
+def test_what_a_run_would_refuse_is_not_planned() -> None:
+    """Rows longer than the model takes, however that comes about."""
+    for changes, said in (
+        ({"public_tokens": 1e5}, r"plan.public_tokens = 100000: a row has at most 128 tokens"),
+        ({"targets": 20.0}, r"plan.targets = 20: a row has 16.5 tokens"),
+    ):
+        with pytest.raises(FedllmError, match=said):
+            plan.look(described(3, task="generation", **changes))
+    spec = described(3)
+    with pytest.raises(FedllmError, match=r"data.max_tokens = 9999: the model takes at most 128"):
+        plan.look(spec.replace(data=ex.Data(max_tokens=9999)))
+    with pytest.raises(FedllmError, match=r"tunables.tokens: they leave 0 of the model's"):
+        plan.look(spec.replace(tunables=ex.Prompt(tokens=200)))
+    spec = described(3, ranks=[4, 120, 500], cuts=[1], public_sizes=[9])
+    found = advise.advise(spec.replace(tunables=ex.Prompt(tokens=4)), Limits())
+    assert {c.rank for c in found.choices if not c.broken} == {4}
+    assert {c.broken[0].split(":")[0] for c in found.choices if c.rank > 4} == {
+        "plan.tokens = 16.5", "tunables.tokens"
+    }  # fmt: skip
+    one_by_one = described(3).replace(exchange=ex.Exchange(resident=False))
+    parameters, _, split = plan.look(one_by_one).lines
+    assert not parameters.refused and "exchange.resident = false" in split.refused
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[plan.sites]]\nrow = 3", "unknown key 'plan.sites.0.row'; did you mean 'rows'"),
+        ("sweep = 3", "sweep = 3: Input should be a valid array"),
+        ("compare = 3", "compare = 3: Input should be"),
+    ],
+)
+def test_wrong_tables_are_refused_by_name(text: str, said: str) -> None:
+    with pytest.raises(FedllmError, match=said):
+        ex.parse_text(text, "test", Path.cwd())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_attention_heads": 5}, r"hidden size \(32\) is not a multiple"),
+        ({"num_hidden_layers": "four"}, "'num_hidden_layers' expected int, got str"),
+        ({"max_position_embeddings": None}, "'max_position_embeddings' expected int, got None"),
+    ],
+)
+def test_a_wrong_configuration_is_named(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:  # fmt: skip
+    name = config(tmp_path, {**QWEN, "model_type": "llama", **changes})
+    with pytest.raises(FedllmError, match=rf"{tmp_path}.*config.json is wrong.*{said}"):
+        plan.look(described(3, name))
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_attention_heads": 4},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_without_a_family_are_planned_whole(tmp_path: Path, kind: str) -> None:
+    name = config(tmp_path, {**OTHERS[kind], "model_type": kind, "hidden_size": 32,
+                             "vocab_size": 300, "max_position_embeddings": 128})  # fmt: skip
+    spec = described(3, name, task="generation", tokens=16.0)
+    parameters, logits, split = plan.look(spec).lines
+    assert not parameters.refused and not logits.refused
+    assert "cannot be cut yet" in split.refused
+
+
+def test_what_does_not_run_without_values_is_named(tmp_path: Path) -> None:
+    name = config(tmp_path, {**QWEN, "num_attention_heads": 5})
+    for line in plan.look(described(3, name)).lines:
+        assert f"model.name = {name!r}: a model of type 'qwen2'" in line.refused
+
+
+def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = described(1, ranks=[2], cuts=[1], sites=[{"name": "ward [/red]", "memory": 1.0}])
+    spec = spec.replace(name="a[/b] [red]")
+    show.show(plan.look(spec), advise.advise(spec, Limits()))
+    said = capsys.readouterr().out
+    assert "a[/b] [red]: plan" in said and "'ward [/red]'" in said
+
+
+def test_public_rows_of_a_plan_are_like_those_of_a_run() -> None:
+    """Every token but the first is predicted; those that there are not are like the clients'."""
+    spec = described(3, task="generation", targets=5.0)
+    for told in (spec, spec.replace(plan=spec.plan.model_copy(update={"public_tokens": 16.5}))):
+        assert sizes(told).public.size.units == pytest.approx(50 * 15.5, abs=1)
+    more = experiment(public={"size": 0}, plan={"public_rows": 50})
+    mine = sizes(more)
+    tokens = sum(c.train.size.tokens for c in mine.crowds) / sum(
+        c.train.size.rows for c in mine.crowds
+    )  # fmt: skip
+    assert mine.public.size.tokens / 50 == pytest.approx(tokens, abs=0.1)
+
+
+def test_rows_of_a_round_are_drawn_at_random() -> None:
+    """The plan counts those of the mean, not the first ones."""
+    spec = described(3, task="generation").replace(public=ex.Public(rows_per_round=8))
+    tokens = np.repeat([4, 16], [10, 30])
+    data = replace(sizes(spec), public=Rows(tokens, tokens - 1))
+    estimator = Estimator(spec, data.labels)
+    found = lines.line(estimator, ex.Logits(), data)
+    assert found.payload[0] == 8 * 12 * estimator.model.outputs * 4
+    assert data.public.resized(8).lengths.tolist() == [4] * 2 + [16] * 6
 
 
 def test_an_impossible_strategy_says_why() -> None:
@@ -400,18 +613,25 @@ def test_a_cut_outside_the_model_is_refused() -> None:
         advise.advise(described(3, cuts=[9]), Limits())
 
 
+def _logits(model: Any, rows: int, codecs: dict[str, str]) -> int:
+    whole, index = sum(costs.logits_payload(model, PublicSize(rows, rows, rows))), 2 * rows * 4
+    return costs.coded({"logit": whole - index, "index": index}, codecs)
+
+
 def test_break_even_is_where_both_send_the_same() -> None:
     """F-04, against a search over numbers of rows."""
-    for head in ("shared", "frozen"):
-        spec = described(3, ranks=[1, 8, 30]).replace(tunables=ex.Lora(rank=8, head=head))
+    codecs: list[dict[str, str]] = [{}, {"parameter": "fp16"}, {"logit": "fp16"}]
+    for head, codec in (*product(["shared"], codecs), ("frozen", {})):
+        spec = described(3, ranks=[1, 8, 30]).replace(
+            tunables=ex.Lora(rank=8, head=head), exchange=ex.Exchange(codecs=codec)  # type: ignore[arg-type]
+        )  # fmt: skip
         data = sizes(spec)
         model = Estimator(spec, data.labels).model
         even = plan.even_rows(spec, data, Estimator(spec, data.labels))
         for rank, rows in even.items():
             sized = load(ex.Model(), ex.Task(), ex.Lora(rank=rank, head=head), 77, 0, meta=True)  # type: ignore[arg-type]
-            sent = sum(costs.parameters_payload(sized))
-            less = [n for n in range(3000) if sum(
-                costs.logits_payload(model, PublicSize(n, n, n))) < sent]  # fmt: skip
+            sent = costs.coded({"parameter": sum(costs.parameters_payload(sized))}, codec)
+            less = [n for n in range(3000) if _logits(model, n, codec) < sent]
             assert less[-1] < rows <= less[-1] + 1
 
 

@@ -153,15 +153,18 @@ def header(
     return bare + roles + digits + -(-(shapes + 2) // 8) * 8 - 8
 
 
-def break_even(model: LanguageModel, tokens: float = 1.0) -> float:
+def break_even(
+    model: LanguageModel, tokens: float = 1.0, codecs: Mapping[str, str] | None = None
+) -> float:
     """
     Public rows a round below which logits send less than parameters, both directions together.
 
-    Units of ``tokens`` predicted positions a row (classification: 1). The head is included, where
-    it travels.
+    Units of ``tokens`` predicted positions a row (classification: 1), each side behind its codec.
+    The head is included, where it travels.
     """
-    row = 2 * tokens * model.outputs * FLOAT + 2 * INT
-    return sum(parameters_payload(model)) / row
+    share = {role: SHARE.get(codec, 1.0) for role, codec in (codecs or {}).items()}
+    row = 2 * tokens * model.outputs * FLOAT * share.get("logit", 1.0) + 2 * INT
+    return sum(parameters_payload(model)) * share.get("parameter", 1.0) / row
 
 
 def batches(rows: int, size: int) -> int:
@@ -223,6 +226,7 @@ class Blueprint:
         self.whole = load(model, task, tunables, labels, 0, meta=True)
         self._config = load_config(model)
         self._small: dict[tuple[Run, ...], LanguageModel] = {}
+        self._terms: dict[tuple[Part, int, int, int], list[Small]] = {}
         self._flops: dict[int, dict[tuple[object, ...], int]] = {}
 
     @cached_property
@@ -238,6 +242,14 @@ class Blueprint:
 
         more: blocks that each run keeps beyond the fewest, where neighbours matter.
         """
+        if self.whole.family is None:  # nobody knows which of its blocks are alike
+            return [Small(1, self.whole, cut, begin)]
+        key = (part, cut, begin, more)
+        if key not in self._terms:
+            self._terms[key] = self._shortened(*key)
+        return self._terms[key]
+
+    def _shortened(self, part: Part, cut: int, begin: int, more: int) -> list[Small]:
         marks = sorted({0, begin, cut, self.whole.blocks})
         pieces = [
             (low, Run(len(list(same)), held))

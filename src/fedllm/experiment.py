@@ -7,6 +7,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -359,7 +360,7 @@ class PlanSite(Section):
     a message takes however short it is.
     """
 
-    name: str = "site"
+    name: str | None = None
     count: Positive = 1
     rows: Positive | None = None
     flops: Rate = 1e11
@@ -395,6 +396,21 @@ class Plan(Section):
     public_sizes: tuple[Positive, ...] = ()
     sites: tuple[PlanSite, ...] = ()
     server: PlanServer = PlanServer()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each of the sites is called, also those without a name; one where there is none."""
+        if len(self.sites) < 2:
+            return tuple(site.name or "site" for site in self.sites) or ("site",)
+        return tuple(site.name or f"site {n}" for n, site in enumerate(self.sites, 1))
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        names = sorted(self.names)
+        twice = [name for name, after in pairwise(names) if name == after]
+        if twice:
+            raise ValueError(f"sites: {twice[0]!r} twice; give each another name")
+        return self
 
 
 class Experiment(Section):
@@ -804,13 +820,14 @@ def _named(value: Any, folder: Path) -> Any:
 
 def _resolve_all(values: dict[str, Any], folder: Path) -> None:
     """Every path of an experiment, also those that a sweep sets."""
+    sweep, compare = values.get("sweep"), values.get("compare")
     for section, key in PATHS:
         _resolve(values.get(section), key, folder)
-        for axis in values.get("sweep") or ():
+        for axis in sweep if isinstance(sweep, list | tuple) else ():
             name = f"{section}.{key}"
             if isinstance(axis, dict) and isinstance(axis.get(name), list | tuple):
                 axis[name] = [_named(value, folder) for value in axis[name]]
-    for strategy in (values.get("strategy"), (values.get("compare") or {}).get("logits")):
+    for strategy in (values.get("strategy"), isinstance(compare, dict) and compare.get("logits")):
         if isinstance(strategy, dict) and isinstance(strategy.get("client_models"), list):
             strategy["client_models"] = [_path(item, folder) for item in strategy["client_models"]]
 
@@ -884,7 +901,14 @@ def _known(keys: list[str]) -> list[str]:
         if isinstance(model, type) and issubclass(model, BaseModel) and key in model.model_fields:
             model = model.model_fields[key].annotation
         else:
-            options: list[Any] = [option for option in get_args(model) if isinstance(option, type)]
+            options: list[Any] = [
+                option
+                for option in get_args(model)
+                if isinstance(option, type) and issubclass(option, BaseModel)
+            ]
+            if key.isdigit() and options:  # one of a list
+                model = options[0]
+                continue
             tagged = [
                 option
                 for option in options

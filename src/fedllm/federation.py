@@ -93,6 +93,13 @@ class Prepared:
     measured: Measured = field(default_factory=Measured)
 
 
+def positions(experiment: ex.Experiment, name: str | None = None) -> int:
+    """Tokens that the model (or another one, by its name) takes beside the tunables' own."""
+    config = load_config(experiment.model, name)
+    limit = int(getattr(config, "max_position_embeddings", None) or 512)
+    return limit - int(getattr(experiment.tunables, "tokens", 0))
+
+
 def prepare(
     experiment: ex.Experiment,
     seed: int,
@@ -106,10 +113,8 @@ def prepare(
     columns that rows must have, who has which; without it ``[simulation]`` says so.
     Raises FedllmError as ``data.simulation.divide`` and ``data.examples.Encoder`` do.
     """
-    config = load_config(experiment.model, name)
+    limit = positions(experiment, name)
     tokenizer = load_tokenizer(experiment.model, name)
-    limit = int(getattr(config, "max_position_embeddings", 512))
-    limit -= getattr(experiment.tunables, "tokens", 0)
     draft = Encoder(tokenizer, experiment.task, experiment.data, (), limit)
     division = divided(draft.columns) if divided else divide(experiment, draft.columns, seed)
     encode = Encoder(tokenizer, experiment.task, experiment.data, division.labels, limit)

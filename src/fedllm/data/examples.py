@@ -159,6 +159,21 @@ def join(parts: Sequence[Examples]) -> Examples:
     )
 
 
+def most_tokens(data: ex.Data, longest: int) -> int:
+    """
+    Tokens of an example at most, for a model that takes ``longest``.
+
+    Raises FedllmError where there is no room for what ``[data]`` asks for.
+    """
+    if longest < 4:
+        raise FedllmError(
+            f"tunables.tokens: they leave {max(longest, 0)} of the model's positions for text"
+        )
+    if data.max_tokens is not None and data.max_tokens > longest:
+        raise FedllmError(f"data.max_tokens = {data.max_tokens}: the model takes at most {longest}")
+    return data.max_tokens or min(longest, 512)
+
+
 class Encoder:
     """Turns rows into Examples, as the experiment's task and data contract say."""
 
@@ -171,15 +186,7 @@ class Encoder:
         unk = tokenizer.unk_token_id
         # GPT-2 declares its end-of-text token as "unknown" too, but its bytes cover everything
         self.unk = -1 if unk is None or unk == tokenizer.eos_token_id else int(unk)
-        if longest >= 4 and data.max_tokens is not None and data.max_tokens > longest:
-            raise FedllmError(
-                f"data.max_tokens = {data.max_tokens}: the model takes at most {longest}"
-            )
-        self.max_tokens = data.max_tokens or min(longest, 512)
-        if longest < 4:
-            raise FedllmError(
-                f"tunables.tokens: they leave {max(longest, 0)} of the model's positions for text"
-            )
+        self.max_tokens = most_tokens(data, longest)
         if task.chat_template and not getattr(tokenizer, "chat_template", None):
             raise FedllmError(
                 "task.chat_template = true: this tokenizer has no chat template; "

@@ -192,9 +192,10 @@ class Core(nn.Module):
         mask = None
         if inputs.lengths is not None:
             mask = (torch.arange(length, device=x.device) < inputs.lengths[:, None]).long()
-        if mask is not None and self.model.config.pad_token_id is not None:
+        padding = getattr(self.model.config, "pad_token_id", None)
+        if mask is not None and padding is not None:
             # a classifier of the library finds a row's last token by its padding
-            x = torch.where(mask.bool(), x, self.model.config.pad_token_id)
+            x = torch.where(mask.bool(), x, padding)
         logits: Tensor = self.model(input_ids=x, attention_mask=mask).logits
         if not self.decoder_head:
             return logits

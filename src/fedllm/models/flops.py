@@ -55,7 +55,7 @@ def count(
         lengths = torch.full((rows,), length, device="meta")
     inputs = Inputs(x, ((rows, length),), lengths, select)
     counter = FlopCounterMode(display=False)
-    with _written(core), counter, torch.set_grad_enabled(backward):
+    with written(core), counter, torch.set_grad_enabled(backward):
         out = functional_call(core, tensors, (inputs,))
         if backward and out.requires_grad:
             out.sum().backward()
@@ -63,7 +63,7 @@ def count(
 
 
 @contextmanager
-def _written(core: Core) -> Iterator[None]:
+def written(core: Core) -> Iterator[None]:
     """Attention written out: ours, or the library's own where we have none for the model."""
     config = core.model.config
     before = config._attn_implementation

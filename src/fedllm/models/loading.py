@@ -70,12 +70,16 @@ _LOADING = threading.Lock()
 
 
 def load_config(model: ex.Model, name: str | None = None) -> Any:
-    """The model's configuration alone, without weights."""
+    """The model's configuration alone, without weights. Raises FedllmError where it is wrong."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     name = name or model.name
     try:
         return AutoConfig.from_pretrained(source_of(name), revision=model.revision)
+    except StrictDataclassError as error:
+        said = " ".join(str(error).split())
+        raise FedllmError(f"model.name = {name!r}: its config.json is wrong: {said}") from None
     except (OSError, ValueError) as error:
         raise hub_error("model", "model.name", name, error) from None
 
@@ -278,7 +282,8 @@ def load(
     if classification:
         config.num_labels = labels
         options["ignore_mismatched_sizes"] = True  # another task's head is replaced by a new one
-        config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+        padding = getattr(config, "pad_token_id", None)
+        config.pad_token_id = 0 if padding is None else padding
     with _LOADING, torch_stream(seed, "initial weights"), device if meta else nullcontext():
         try:
             if spec.weights == "random" or meta:
@@ -290,7 +295,7 @@ def load(
                 )  # fmt: skip
         except torch.OutOfMemoryError:
             raise _too_large(name, device) from None
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:
             raise hub_error("model", "model.name", name, error) from None
         calm(model)
         virtual, names = install(model, tunables, classification)

@@ -13,7 +13,7 @@ from fedllm.errors import FedllmError, nearest
 from fedllm.planning.estimator import Estimator
 from fedllm.planning.lines import Line, line
 from fedllm.planning.plan import RANKS, SIZE, options
-from fedllm.planning.sizes import Sizes, sizes
+from fedllm.planning.sizes import Sizes, anew, sizes
 from fedllm.report.tables import amount, size
 from fedllm.strategies.activations import check_cut
 
@@ -207,6 +207,10 @@ def every(experiment: ex.Experiment, data: Sizes) -> list[Choice]:
     anchors: list[Blueprint] = []
     for rank in ranks(experiment):
         sized = resized(experiment, rank)
+        try:
+            mine = anew(sized, data)
+        except FedllmError as error:
+            mine = replace(data, refused=str(error))
         if not anchors and sized.tunables.kind in ("lora", "adapter"):
             anchors = [
                 Blueprint(sized.model, sized.task, resized(experiment, r).tunables, data.labels)
@@ -215,7 +219,7 @@ def every(experiment: ex.Experiment, data: Sizes) -> list[Choice]:
         # every product with a low-rank matrix costs in proportion to its rank
         terms = [(2 - rank, anchors[0]), (rank - 1, anchors[1])] if anchors else []
         estimator = Estimator(sized, data.labels, [term for term in terms if term[0]])
-        found += _of_rank(estimator, rank, data)
+        found += _of_rank(estimator, rank, mine)
     return found
 
 
@@ -292,6 +296,8 @@ def resized(experiment: ex.Experiment, rank: int) -> ex.Experiment:
 
 def cuts(experiment: ex.Experiment, blocks: int) -> list[int]:
     """Cuts to try: those of ``[plan]``, else after one block and at the quarters."""
+    if blocks < 2:  # ``line`` says of one cut or another that there is none
+        return [1]
     wrong = [cut for cut in experiment.plan.cuts if cut >= blocks]
     if wrong:
         raise FedllmError(

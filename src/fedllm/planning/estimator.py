@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Literal
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from fedllm import costs
 from fedllm import experiment as ex
 from fedllm.costs import Blueprint
+from fedllm.errors import FedllmError
 from fedllm.models.core import Core, Part
+from fedllm.models.flops import written
 from fedllm.models.inputs import Inputs
 from fedllm.models.loading import LanguageModel, calm
 from fedllm.planning.sizes import Batches, Crowd, Rows, Shape, Sizes
@@ -46,8 +48,10 @@ class Estimator:
         self.model = self.shapes.whole
         self._per_row: dict[tuple[object, ...], int] = {}
         self.few = False  # so few lengths that each had better be counted by itself
-        self._private: dict[str, Batches] = {}
+        self._private: dict[tuple[Crowd, int | None], Batches] = {}
         self._joined: tuple[tuple[Crowd, ...], Batches] = ((), Batches.joined([]))
+        self._held: dict[tuple[object, ...], int] = {}  # both by a part's key
+        self._reserved: dict[tuple[object, ...], int] = {}
         self._lives: dict[tuple[object, ...], tuple[int, int, int]] = {}
 
     # FLOPs ------------------------------------------------------------------------------------
@@ -76,13 +80,28 @@ class Estimator:
     ) -> int:  # fmt: skip
         key = (part, length, backward, cut, begin, input_grad, selected)
         if key not in self._per_row:
-            self._per_row[key] = sum(
-                factor * shapes.flops(
-                    part, length, backward, cut, begin, selected, input_grad, once
-                )
-                for factor, shapes in self.anchors
-            )  # fmt: skip
+            with self._without_values():
+                self._per_row[key] = sum(
+                    factor * shapes.flops(
+                        part, length, backward, cut, begin, selected, input_grad, once
+                    )
+                    for factor, shapes in self.anchors
+                )  # fmt: skip
         return self._per_row[key]
+
+    @contextmanager
+    def _without_values(self) -> Iterator[None]:
+        """What a model's own code makes of meta tensors; an error of it becomes ours."""
+        try:
+            yield
+        except Exception as error:
+            said = str(error).strip().splitlines()
+            raise FedllmError(
+                f"model.name = {self.experiment.model.name!r}: a model of type "
+                f"{self.model.model.config.model_type!r} and these sizes does not run without "
+                f"values ({type(error).__name__}: {said[0] if said else ''}), so it cannot be "
+                "planned; correct its config.json, or run one round and see what that cost"
+            ) from error
 
     # memory -----------------------------------------------------------------------------------
 
@@ -98,9 +117,10 @@ class Estimator:
         for one in self.shapes.small(part, cut, begin, 0 if kind == "forward" else 1):
             key = (id(one.model), kind, part, shape, one.cut, one.begin, goal)
             if key not in self._lives:
-                self._lives[key] = _live(
-                    kind, one.model, one.part(part), shape, self.training, goal
-                )
+                with self._without_values():
+                    self._lives[key] = _live(
+                        kind, one.model, one.part(part), shape, self.training, goal
+                    )
             parts = self._lives[key]
             found = [a + one.factor * b for a, b in zip(found, parts, strict=True)]
         return found[0], found[1], found[2]
@@ -123,6 +143,11 @@ class Estimator:
 
     def held(self, core: Core) -> int:
         """Bytes of a part's weights."""
+        if core.key not in self._held:
+            self._held[core.key] = self._weights(core)
+        return self._held[core.key]
+
+    def _weights(self, core: Core) -> int:
         if self.experiment.model.quantization == "none":
             return held_bytes(core)
         return round(sum(
@@ -137,7 +162,10 @@ class Estimator:
 
     def reserved(self, core: Core) -> int:
         """Bytes of a part's trained copies and their optimizer."""
-        return self._slots() * costs.tunable_bytes(self.model, self.model.tunables_of(core))
+        if core.key not in self._reserved:
+            names = self.model.tunables_of(core)
+            self._reserved[core.key] = self._slots() * costs.tunable_bytes(self.model, names)
+        return self._reserved[core.key]
 
     def _slots(self) -> int:
         if self.training.optimizer == "sgd":
@@ -147,26 +175,33 @@ class Estimator:
     # how rows become batches ------------------------------------------------------------------
 
     def heaviest(self, data: Sizes) -> Batches:
-        """The batches of all clients, of which the largest decides how much memory one needs."""
+        """All batches that come to a server of activations: the largest decides on its memory."""
         crowds, found = self._joined
         if crowds is not data.crowds:
-            found = Batches.joined([self.private(crowd, data.longest) for crowd in data.crowds])
+            found = Batches.joined([self.travelled(crowd) for crowd in data.crowds])
             self._joined = data.crowds, found
         return found
 
     def private(self, crowd: Crowd, longest: int) -> Batches:
         """The batches of a client's first round."""
-        if crowd.name not in self._private:
-            self._private[crowd.name] = self._batches(crowd, longest)
-        return self._private[crowd.name]
+        return self._batches(crowd, longest if self.training.padding == "fixed" else None)
 
-    def _batches(self, crowd: Crowd, longest: int) -> Batches:
+    def travelled(self, crowd: Crowd) -> Batches:
+        """The same as a server of activations has them: packed, so no longer than their rows."""
+        return self._batches(crowd, None)
+
+    def _batches(self, crowd: Crowd, pad_to: int | None) -> Batches:
+        if (crowd, pad_to) not in self._private:
+            self._private[crowd, pad_to] = Batches.of(crowd.train, self._groups(crowd), pad_to)
+        return self._private[crowd, pad_to]
+
+    def _groups(self, crowd: Crowd) -> list[list[int]]:
         training, seed = self.training, self.experiment.seeds[0]
         groups: list[list[int]] = []
         for number in range(training.epochs):
-            rng = stream(seed, crowd.name, "private", "order", number)
+            rng = stream(seed, crowd.client, "private", "order", number)
             groups += order(crowd.train.lengths, training.batch_size, training.padding, rng)
-        return Batches.of(crowd.train, groups, longest if training.padding == "fixed" else None)
+        return groups
 
     def anew(self, rows: Rows, size: int, longest: int, epochs: int = 1) -> Batches:
         """Batches of shuffled rows; none of no rows."""
@@ -205,7 +240,8 @@ def _live(
     there, on_return = LiveBytes(), LiveBytes()
     left = 0
     try:
-        with torch.set_grad_enabled(back), _drawing(model, training, back):
+        alone = written(core) if core.family is None else nullcontext()
+        with torch.set_grad_enabled(back), _drawing(model, training, back), alone:
             if kind in ("forward", "half"):
                 with there:
                     out = core(inputs)

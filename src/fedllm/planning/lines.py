@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from fedllm import costs
 from fedllm import experiment as ex
 from fedllm.costs import PublicSize, Roles
-from fedllm.data.simulation import names
 from fedllm.errors import FedllmError
 from fedllm.models.core import Part
 from fedllm.models.loading import LanguageModel
@@ -56,7 +58,7 @@ class Line:
     memory: int = 0
     server_memory: int = 0
     seconds: float = 0.0
-    messages: int = 0
+    messages: float = 0.0
     shares: tuple[Share, ...] = field(default=(), repr=False)
     refused: str = ""
 
@@ -67,9 +69,15 @@ def line(estimator: Estimator, spec: ex.Strategy, data: Sizes) -> Line:
         "parameters": _parameters, "logits": _logits, "activations": _activations,
     }  # fmt: skip
     estimator.few = data.few
-    named = variant(estimator.experiment.replace(strategy=spec))
+    named = variant(estimator.experiment.model_copy(update={"strategy": spec}))
     try:
+        if data.refused:
+            raise FedllmError(data.refused)
+        estimator.experiment.replace(strategy=spec)
         return makers[spec.kind](estimator, spec, data, named)
+    except ValidationError as error:
+        said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        return Line(spec.kind, named, refused=said)
     except FedllmError as error:
         return Line(spec.kind, named, refused=str(error))
 
@@ -81,11 +89,11 @@ class _Bill:
     crowd: Crowd
     up: Roles
     down: Roles
-    headers: tuple[int, int]
-    messages: int
+    frames: _Frames
     flops: float
     memory: int
     server: float = 0.0
+    batches: int = 1
 
 
 def _total(
@@ -99,9 +107,9 @@ def _total(
     for bill in bills:
         site = bill.crowd.site
         payload = [costs.coded(roles, codecs) for roles in (bill.up, bill.down)]  # type: ignore[arg-type]
-        up, down = (p + h for p, h in zip(payload, bill.headers, strict=True))
+        up, down = payload[0] + round(bill.frames.up), payload[1] + round(bill.frames.down)
         seconds = bill.flops / site.flops + up / site.up + down / site.down
-        seconds += bill.messages * site.latency
+        seconds += bill.frames.messages * site.latency
         shares.append(Share(bill.crowd.name, bill.crowd.count, up, down, bill.flops, bill.memory,
                             seconds, site.memory))  # fmt: skip
         payloads.append(payload)
@@ -115,29 +123,37 @@ def _total(
     server = experiment.plan.server
     own = server_flops * present / server.flops
     each = [share.seconds for share in shares]
-    seconds = mean(each) * present if serial else max(each)
+    seconds = mean(each) * present if serial else _in_step(each, [bill.batches for bill in bills])
     links = present * max(mean_up / (server.down or math.inf), mean_down / (server.up or math.inf))
     return Line(
         kind, named, mean_up, mean_down,
         (mean([p[0] for p in payloads]), mean([p[1] for p in payloads])),
         mean([share.flops for share in shares]), server_flops * present,
         max(share.memory for share in shares), server_memory, max(seconds, links) + own,
-        max(bill.messages for bill in bills), tuple(shares),
+        max(bill.frames.messages for bill in bills), tuple(shares),
     )  # fmt: skip
+
+
+def _in_step(seconds: Sequence[float], batches: Sequence[int]) -> float:
+    """Seconds where each batch begins when everybody who has one is done with the one before."""
+    found, slowest, later = 0.0, 0.0, sorted(zip(batches, seconds, strict=True), reverse=True)
+    for (number, own), (fewer, _) in pairwise([*later, (0, 0.0)]):
+        slowest = max(slowest, own / number)
+        found += slowest * (number - fewer)
+    return found
 
 
 class _Frames:
     """Headers of what a client is sent and sends."""
 
-    def __init__(self, estimator: Estimator, data: Sizes, kind: str, crowd: Crowd) -> None:
+    def __init__(self, estimator: Estimator, kind: str, crowd: Crowd) -> None:
         experiment = estimator.experiment
         self.run = f"{experiment.name}-{kind}-{experiment.seeds[0]}"
-        alike = crowd.count > 1 or bool(experiment.plan.rows)
-        self.client = names(data.clients)[0] if alike else crowd.name
-        self.down = self.up = self.messages = 0
+        self.client = crowd.client
+        self.down = self.up = self.messages = 0.0
 
     def add(
-        self, direction: str, step: str, task: str = "", role: str = "", times: int = 1,
+        self, direction: str, step: str, task: str = "", role: str = "", times: float = 1,
         sent: Mapping[str, tuple[int, ...]] | None = None, **facts: Any,
     ) -> None:  # fmt: skip
         """So many frames of a kind."""
@@ -156,15 +172,25 @@ def _shapes(model: LanguageModel, which: Sequence[str]) -> dict[str, tuple[int, 
     return {name: tuple(model.initial[name].shape) for name in which}
 
 
-def _below(est: Estimator, rows: Rows, begin: int, shown: int) -> tuple[float, int, int]:
+def _first(est: Estimator, data: Sizes) -> float:
+    """Of the rounds that a client takes part in, the share that are its first one."""
+    rounds = est.experiment.rounds
+    part = (est.experiment.exchange.clients_per_round or data.clients) / data.clients
+    return (1 - (1 - part) ** rounds) / (part * rounds)
+
+
+def _below(
+    est: Estimator, rows: Rows, begin: int, shown: int, share: float
+) -> tuple[float, int, int]:
     """
-    What running the lowest blocks once for each row costs: FLOPs in the mean round, bytes kept,
-    and the most bytes at once. Nothing where no block is frozen, or few rows are shown.
+    What running the lowest blocks once for each row costs: FLOPs in the mean round (of which this
+    share are first ones), bytes kept, and the most bytes at once. Nothing where no block is
+    frozen, or few rows are shown.
     """
     if not begin or not len(rows.lengths) or shown < len(rows.lengths):
         return 0.0, 0, 0
     batches = est.in_order(rows, est.training.batch_size)
-    once = est.flops(batches, "client", False, begin) / est.experiment.rounds
+    once = est.flops(batches, "client", False, begin) * share
     kept = rows.size.tokens * est.model.width * costs.FLOAT
     peak = est.held(est.model.whole) + est.most("forward", "client", batches, begin)
     return once, kept, peak + kept
@@ -181,12 +207,12 @@ def _fitting(est: Estimator, crowd: Crowd, data: Sizes) -> tuple[float, int, int
     """(FLOPs, peak bytes, bytes kept of frozen blocks, begin) of a round of local training."""
     begin = _fits(est, crowd, est.begin)
     private = est.private(crowd, data.longest)
-    once, kept, peak = _below(est, crowd.train, begin, len(crowd.train.lengths))
+    once, kept, peak = _below(est, crowd.train, begin, len(crowd.train.lengths), _first(est, data))
     if kept:
         kept += crowd.held_out * est.model.width * costs.FLOAT
     whole = est.model.whole
     base = est.held(whole) + est.reserved(whole) + kept
-    memory = max(base + est.most("train", "whole", est.heaviest(data), begin=begin), peak)
+    memory = max(base + est.most("train", "whole", private, begin=begin), peak)
     return once + est.flops(private, "whole", True, begin=begin), memory, kept, begin
 
 
@@ -195,13 +221,12 @@ def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) ->
     up, down = costs.parameters_payload(est.model)
     bills = []
     for crowd in data.crowds:
-        frames = _Frames(est, data, "parameters", crowd)
+        frames = _Frames(est, "parameters", crowd)
         frames.add("down", "a1", "train", "parameter", sent=sent)
         frames.add("up", "a3", "", "parameter", sent=sent, weight=float(len(crowd.train.lengths)),
                    loss=LOSS)  # fmt: skip
         flops, memory, _, _ = _fitting(est, crowd, data)
-        bills.append(_Bill(crowd, {"parameter": up}, {"parameter": down}, (frames.up, frames.down),
-                           frames.messages, flops, memory))  # fmt: skip
+        bills.append(_Bill(crowd, {"parameter": up}, {"parameter": down}, frames, flops, memory))
     present = est.experiment.exchange.clients_per_round or data.clients
     return _total(est, data, bills, "parameters", named, 0.0, (present + 1) * up)
 
@@ -212,17 +237,20 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
         raise FedllmError(NO_PUBLIC)
     every = len(data.public.lengths)
     drawn = min(experiment.public.rows_per_round or every, every)
-    rows = data.public.resized(drawn)
-    size = PublicSize(drawn, rows.size.tokens, rows.size.units)
+    rows, whole = data.public.resized(drawn), data.public.size
+    # of a draw at random bytes are those of the mean
+    size = PublicSize(drawn, round(whole.tokens * drawn / every),
+                      round(whole.units * drawn / every))  # fmt: skip
     up, down = costs.logits_payload(model, size)
     index = 2 * drawn * costs.INT
     looked = est.in_order(rows, experiment.evaluation.batch_size)
     learnt = est.anew(rows, spec.batch_size or training.batch_size, data.longest, spec.epochs)
     shown = experiment.rounds * drawn
 
-    def public(begin: int) -> tuple[float, int, int, int]:
+    @cache
+    def public(begin: int, share: float) -> tuple[float, int, int, int]:
         """FLOPs of looking and of learning, peak bytes beside weights, and bytes kept."""
-        once, kept, peak = _below(est, data.public, begin, shown)
+        once, kept, peak = _below(est, data.public, begin, shown, share)
         begin = begin if kept else 0
         look = est.flops(looked, "whole", False, begin=begin)
         learn = est.flops(learnt, "whole", True, begin=begin)
@@ -232,28 +260,41 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
         )
         return once + look + learn, most, kept, peak
 
-    bills = []
+    share, bills = _first(est, data), []
+    shipped = _shipped(experiment, data.public) if experiment.public.ship else {}
+    shipping = round(share * costs.INT * sum(size for (size,) in shipped.values()))
     for crowd in data.crowds:
-        frames = _Frames(est, data, "logits", crowd)
+        frames = _Frames(est, "logits", crowd)
+        if shipped:
+            frames.add("down", "b0", "receive", "token", share, shipped)
+            frames.add("up", "b0", times=share)
         frames.add("down", "b1", "know", "index", sent={"rows": (drawn,)}, public="0" * 16)
         shape = {"logits": (size.units, model.outputs)}
         frames.add("up", "b3", "", "logit", sent=shape, weight=float(drawn), loss=LOSS)
         frames.add("down", "b7", "digest", "logit", sent={**shape, "rows": (drawn,)})
         frames.add("up", "b8", loss=LOSS)
         flops, memory, kept, begin = _fitting(est, crowd, data)
-        more, most, beside, peak = public(begin)
+        more, most, beside, peak = public(begin, share)
         memory = max(memory + beside, est.held(model.whole) + most + kept + beside, peak + kept)
-        bills.append(_Bill(crowd, {"logit": up}, {"logit": down - index, "index": index},
-                           (frames.up, frames.down), frames.messages, flops + more,
-                           memory))  # fmt: skip
+        sent = {"logit": down - index, "index": index, "token": shipping}
+        bills.append(_Bill(crowd, {"logit": up}, sent, frames, flops + more, memory))
     present = experiment.exchange.clients_per_round or data.clients
     server, server_memory = 0.0, (present + 1) * up
     if spec.server_model:
-        server, most, kept, peak = public(est.begin)
+        server, most, kept, peak = public(est.begin, 1 / experiment.rounds)
         server_memory = max(server_memory, est.held(model.whole) + most + kept, peak)
     found = _total(est, data, bills, "logits", named, server / present, server_memory)
     if spec.client_models:
         return replace(found, variant=f"{named} (every client with the server's model)")
+    return found
+
+
+def _shipped(experiment: ex.Experiment, rows: Rows) -> dict[str, tuple[int]]:
+    """Shapes of the public set as it travels, once to each client."""
+    size = rows.size
+    found = {"tokens": (size.tokens,), "lengths": (size.rows,)}
+    if experiment.public.labelled and experiment.task.kind == "classification":
+        found["labels"] = (size.rows,)
     return found
 
 
@@ -266,21 +307,23 @@ def _activations(est: Estimator, spec: ex.Activations, data: Sizes, named: str) 
     mine = [n for n in mine if n in costs.travelling(model)]
     half = costs.tunable_bytes(model, mine)
     sent = _shapes(model, mine)
-    batch_of = {crowd.name: est.private(crowd, data.longest) for crowd in data.crowds}
+    batch_of = {crowd: est.private(crowd, data.longest) for crowd in data.crowds}
     most = max(len(batches) for batches in batch_of.values())
+    present = (experiment.exchange.clients_per_round or data.clients) / data.clients
+    late = (1 - present) * (1 - 1 / experiment.rounds)  # who missed a round is brought up to date
     bills = []
     for crowd in data.crowds:
-        private = batch_of[crowd.name]
+        private = batch_of[crowd]
         number, every = len(private), spec.average_every
         averages = -(-most // every) if every else 1
         uploads = -(-number // every) if every else 1
         up, down = costs.activations_roles(
             model, spec, crowd.train.size, experiment.training.epochs, half, averages, uploads
         )
-        frames = _split_frames(est, data, crowd, private, home, sent, averages, uploads)
-        flops, memory, server = _split_client(est, crowd, private, est.heaviest(data), cut, home)
-        bills.append(_Bill(crowd, up, down, (frames.up, frames.down), frames.messages, flops,
-                           memory, server))  # fmt: skip
+        down["parameter"] += round(late * half)
+        frames = _split_frames(est, crowd, private, home, sent, averages + late, uploads)
+        flops, memory, server = _split_client(est, crowd, data, cut, home)
+        bills.append(_Bill(crowd, up, down, frames, flops, memory, server, number))
     server_flops = sum(bill.server * bill.crowd.count for bill in bills) / data.clients
     memory = _split_server(est, spec, data, cut, home)
     serial = spec.server == "sequential"
@@ -288,11 +331,11 @@ def _activations(est: Estimator, spec: ex.Activations, data: Sizes, named: str) 
 
 
 def _split_frames(
-    est: Estimator, data: Sizes, crowd: Crowd, private: Batches, home: bool,
-    sent: dict[str, tuple[int, ...]], averages: int, uploads: int,
+    est: Estimator, crowd: Crowd, private: Batches, home: bool,
+    sent: dict[str, tuple[int, ...]], averages: float, uploads: int,
 ) -> _Frames:  # fmt: skip
     """What crosses for the batches of a round, and for its averages."""
-    frames, number = _Frames(est, data, "activations", crowd), len(private)
+    frames, number = _Frames(est, "activations", crowd), len(private)
     cells, rows = int(private.tokens.mean()), int(private.rows.mean())
     hidden = (cells, est.model.width)
     bare = {"hidden": hidden, "lengths": (rows,)}
@@ -313,26 +356,27 @@ def _split_frames(
 
 
 def _split_client(
-    est: Estimator, crowd: Crowd, private: Batches, heaviest: Batches, cut: int, home: bool
+    est: Estimator, crowd: Crowd, data: Sizes, cut: int, home: bool
 ) -> tuple[float, int, float]:
     """(FLOPs, peak bytes) of a client's side, and FLOPs of the server's for its batches."""
-    model = est.model
+    model, private = est.model, est.private(crowd, data.longest)
     begin = min(_fits(est, crowd, est.begin), cut)
-    once, kept, peak = _below(est, crowd.train, begin, len(crowd.train.lengths))
+    once, kept, peak = _below(est, crowd.train, begin, len(crowd.train.lengths), _first(est, data))
     core = model.part("client", cut, begin)
     flops = once + est.flops(private, "client", True, cut, begin)
     held = est.held(core) + est.reserved(core)
     if kept:
         held += est.held(model.part("client", begin)) + kept
         held += crowd.held_out * model.width * costs.FLOAT
-    memory = max(peak, held + _waiting(est, "client", heaviest, cut, begin))
+    memory = max(peak, held + _waiting(est, "client", private, cut, begin))
     if home:
         tail = model.part("tail", cut)
         flops += est.flops(private, "tail", True, cut, input_grad=True)
         memory = max(
-            memory, est.held(tail) + est.reserved(tail) + _waiting(est, "tail", heaviest, cut)
+            memory, est.held(tail) + est.reserved(tail) + _waiting(est, "tail", private, cut)
         )
-    server = est.flops(private, "body" if home else "server", True, cut, input_grad=True)
+    there = est.travelled(crowd)
+    server = est.flops(there, "body" if home else "server", True, cut, input_grad=True)
     return flops, memory, server
 
 
@@ -359,7 +403,7 @@ def _split_server(est: Estimator, spec: ex.Activations, data: Sizes, cut: int, h
 
 def _side_by_side(est: Estimator, data: Sizes, share: float) -> Batches:
     """The clients' first batches as one, their second ones, and so on; of a share of them."""
-    mine = [(crowd.count, est.private(crowd, data.longest)) for crowd in data.crowds]
+    mine = [(crowd.count, est.travelled(crowd)) for crowd in data.crowds]
     columns = []
     for i in range(max(len(batches) for _, batches in mine)):
         there = [(count, batches) for count, batches in mine if i < len(batches)]

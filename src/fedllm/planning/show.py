@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedllm.errors import FedllmError, nearest
@@ -124,9 +125,9 @@ def _plain(choice: Choice) -> dict[str, Any]:
 def show(plan: Plan, advice: Advice | None) -> None:
     """Print tables."""
     console = Console(width=None if Console().is_terminal else 150)
-    facts = Table(title=plan.title, show_header=False)
+    facts = Table(title=escape(plan.title), show_header=False)
     for key, value in _facts(plan).items():
-        facts.add_row(key, value)
+        facts.add_row(key, escape(value))
     console.print(facts)
     console.print(_table("", CAPTION, HEADER, [_row(line) for line in plan.lines]))
     for note in _notes(plan):
@@ -149,5 +150,5 @@ def _table(
     for position, name in enumerate(header):
         table.add_column(name, justify="right" if right and position else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table

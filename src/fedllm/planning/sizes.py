@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,10 +11,10 @@ import numpy as np
 from fedllm import experiment as ex
 from fedllm import federation
 from fedllm.costs import ClientSize
-from fedllm.data.examples import Examples
+from fedllm.data.examples import Examples, most_tokens
+from fedllm.data.simulation import names
 from fedllm.errors import FedllmError
 from fedllm.flat import Ints
-from fedllm.models.loading import load_config
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,13 @@ class Rows:
         return ClientSize(len(self.lengths), int(self.lengths.sum()), int(self.targets.sum()))
 
     def resized(self, count: int) -> Rows:
-        """So many of them, again from the first where there are fewer."""
-        return Rows(np.resize(self.lengths, count), np.resize(self.targets, count))
+        """So many, spread evenly over these sorted by length."""
+        there = len(self.lengths)
+        if count == there:
+            return self
+        places = (np.arange(count) + 0.5) * there / count
+        which = np.argsort(self.lengths, kind="stable")[places.astype(np.int64)]
+        return Rows(self.lengths[which], self.targets[which])
 
 
 def _spread(count: int, mean: float) -> Ints:
@@ -106,11 +111,16 @@ class Shape:
     units: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Crowd:
-    """Clients that are alike: how many, their rows, tokens held out, and their machines."""
+    """
+    Clients that are alike: how many, their rows, tokens held out, and their machines.
+
+    name: what a plan calls them.  client: what one of them is called in frames.
+    """
 
     name: str
+    client: str
     count: int
     train: Rows
     held_out: int
@@ -119,13 +129,18 @@ class Crowd:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everybody's rows, and those that are public; labels; the longest row there may be."""
+    """
+    Everybody's rows, and those that are public; labels; the longest row there may be.
+
+    refused: why nothing can run with these.
+    """
 
     crowds: tuple[Crowd, ...]
     public: Rows
     labels: int
     longest: int
     notes: tuple[str, ...] = ()
+    refused: str = ""
 
     @cached_property
     def few(self) -> bool:
@@ -133,7 +148,7 @@ class Sizes:
         found = [np.unique(rows.lengths) for rows in (self.public, *(c.train for c in self.crowds))]
         return len(np.unique(np.concatenate(found))) < 3
 
-    @property
+    @cached_property
     def clients(self) -> int:
         """How many there are."""
         return sum(crowd.count for crowd in self.crowds)
@@ -145,7 +160,12 @@ def sizes(experiment: ex.Experiment) -> Sizes:
 
     Raises FedllmError for whatever a run would refuse of its data.
     """
-    spec = experiment.plan
+    spec, longest = experiment.plan, limit(experiment)
+    for key, many in (("tokens", spec.tokens), ("public_tokens", spec.public_tokens)):
+        if many and many > longest:
+            raise FedllmError(
+                f"plan.{key} = {many:g}: a row has at most {longest} tokens (data.max_tokens)"
+            )
     labels = spec.labels or len(experiment.data.labels)
     told = spec.tokens is not None and (
         spec.rows is not None or (bool(spec.sites) and all(site.rows for site in spec.sites))
@@ -159,10 +179,11 @@ def sizes(experiment: ex.Experiment) -> Sizes:
         return _described(experiment, labels, prepared)
     sites = [site for site in _sites(experiment) for _ in range(site.count)]
     crowds = tuple(
-        Crowd(name, 1, Rows.of(data.train), data.test.tokens, site)
+        Crowd(name, name, 1, Rows.of(data.train), data.test.tokens, site)
         for (name, data), site in zip(prepared.clients.items(), sites, strict=True)
     )
-    public = _public(experiment, Rows.of(prepared.public))
+    rows = Rows.of(prepared.clients.train).size
+    public = _public(experiment, Rows.of(prepared.public), rows.tokens / rows.rows)
     return Sizes(crowds, public, labels, prepared.longest, prepared.notes)
 
 
@@ -181,37 +202,55 @@ def _described(
         tokens = tokens or read.tokens / read.rows
         mean = read.rows / experiment.simulation.clients
     assert tokens is not None
-    longest = prepared.longest if prepared else _longest(experiment)
-    if tokens > longest:
+    if spec.targets and spec.targets > tokens:
         raise FedllmError(
-            f"plan.tokens = {tokens:g}: a row has at most {longest} tokens (data.max_tokens)"
+            f"plan.targets = {spec.targets:g}: a row has {tokens:g} tokens, and no more are "
+            "predicted"
         )
     per_row = 1.0 if experiment.task.kind == "classification" else (
         spec.targets or (read.units / read.rows if read else max(tokens - 1, 1))
     )  # fmt: skip
+    first, rows = names(experiment.simulation.clients)[0], spec.rows or round(mean)
     crowds = tuple(
-        Crowd(site.name, site.count, Rows.alike(site.rows or spec.rows or round(mean), tokens,
-                                                min(per_row, tokens)), 0, site)
-        for site in _sites(experiment)
+        Crowd(name, first, site.count, Rows.alike(site.rows or rows, tokens, min(per_row, tokens)),
+              0, site)
+        for name, site in zip(spec.names, _sites(experiment), strict=True)
     )  # fmt: skip
     known = Rows.of(prepared.public) if prepared else Rows.alike(
-        experiment.public.size, tokens, per_row
+        experiment.public.size, tokens, _shown(experiment, tokens)
     )  # fmt: skip
-    return Sizes(crowds, _public(experiment, known, tokens), labels, longest)
+    return Sizes(crowds, _public(experiment, known, tokens), labels, limit(experiment))
 
 
-def _longest(experiment: ex.Experiment) -> int:
-    limit = int(getattr(load_config(experiment.model), "max_position_embeddings", 512))
-    limit -= getattr(experiment.tunables, "tokens", 0)
-    return experiment.data.max_tokens or min(limit, 512)
+def limit(experiment: ex.Experiment) -> int:
+    """Tokens of a row at most. Raises FedllmError where a run would."""
+    return most_tokens(experiment.data, federation.positions(experiment))
 
 
-def _public(experiment: ex.Experiment, known: Rows, tokens: float = 0.0) -> Rows:
-    """The public rows, as ``[plan]`` has them or as they are."""
+def _public(experiment: ex.Experiment, known: Rows, tokens: float) -> Rows:
+    """The public rows, as ``[plan]`` has them or as they are; tokens: where neither says so."""
     spec = experiment.plan
     count = len(known.lengths) if spec.public_rows is None else spec.public_rows
-    if spec.public_tokens is None and (count == len(known.lengths) or len(known.lengths)):
+    if spec.public_tokens is None and (len(known.lengths) or not count):
         return known.resized(count)
     mean = spec.public_tokens or tokens
-    targets = 1.0 if experiment.task.kind == "classification" else max(mean - 1, 1)
-    return Rows.alike(count, mean, targets)
+    return Rows.alike(count, mean, _shown(experiment, mean))
+
+
+def _shown(experiment: ex.Experiment, tokens: float) -> float:
+    """Predicted units of a public row: its class, or every token but the first."""
+    return 1.0 if experiment.task.kind == "classification" else max(tokens - 1, 1)
+
+
+def anew(experiment: ex.Experiment, data: Sizes) -> Sizes:
+    """
+    The same data where the tunables take another number of the model's positions.
+
+    They are read again where that cuts rows off, or lets go of some that were cut.
+    """
+    longest = limit(experiment)
+    rows = [data.public, *(crowd.train for crowd in data.crowds)]
+    most = max(int(some.lengths.max(initial=0)) for some in rows)
+    if longest != data.longest and most >= min(longest, data.longest):
+        return sizes(experiment)
+    return replace(data, longest=longest)

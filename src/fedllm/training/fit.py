@@ -32,7 +32,7 @@ class _Fitting:
         device = job.model.device
         self.learner = Learner(job.tunables, job.training, job.optimizer, job.rate, device)
         self.cost = job.meter.cost(job.step)
-        self.core = job.model.part("whole", 0, job.model.frozen.begin)
+        self.core: Core
         self.batches: Iterator[Batch] | None = None
         self.held = held_bytes(job.model.whole) + self.learner.reserved
         self.left = job.last - job.first
@@ -55,6 +55,8 @@ class _Fitting:
             if self.batches is None:
                 plan = job.plan
                 below = known(job.model, job.model.frozen.begin, plan.examples, job.meter, job.step)
+                begin = 0 if below is None else job.model.frozen.begin
+                self.core = job.model.part("whole", 0, begin)
                 self.held += sum(job.meter.held.values())
                 self.batches = replace(plan, known=below).between(job.first, job.last)
             with job.meter.step(job.step):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fedllm.models.core import Core
 from fedllm.models.inputs import beside
 from fedllm.training.batches import Batch, batches
 from fedllm.training.jobs import Infer
@@ -22,7 +23,7 @@ class _Inferring:
         self.job = job
         self.cost = job.meter.cost(job.step)
         self.tunables = {name: tensor.to(job.model.device) for name, tensor in job.tunables.items()}
-        self.core = job.model.part("whole", 0, job.model.frozen.begin)
+        self.core: Core
         self.batches: Iterator[Batch] | None = None
         self.held = held_bytes(job.model.whole)
         self.batch: Batch | None = None
@@ -38,6 +39,8 @@ class _Inferring:
         try:
             if self.batches is None:
                 below = known(job.model, job.model.frozen.begin, job.examples, job.meter, job.step)
+                begin = 0 if below is None else job.model.frozen.begin
+                self.core = job.model.part("whole", 0, begin)
                 self.held += sum(job.meter.held.values())
                 device = str(job.model.device)
                 self.batches = batches(job.examples, job.size, "bucket", None, 0, device, below)

@@ -119,6 +119,14 @@ MEANING = {
                         "example allowed",
     "parameters.payload": "clients send their tunables, or the difference from what they got",
     "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted tokens)",
+    "logits.form": "what is said of each public unit: `logits`, `labels` (softmax at "
+    "`temperature`), `top-k`, `statistics` (the likeliest output and its probability)",
+    "logits.top_k": "outputs of each unit that travel with form `top-k`",
+    "logits.rest": "`top-k`: who gets the probability that is missing: the k (`renormalize`), or "
+    "all others evenly (`uniform`)",
+    "logits.selective": "a student follows others only on rows where its own loss is not less",
+    "logits.loss_per": "losses of a text are compared a byte (across tokenizers nothing else can "
+    "be), or a token as in FedMKT's code",
     "logits.temperature": "of the softmax in `kl`",
     "logits.loss": "of the distillation: `kl` is T^2 KL(teacher, student), `mse` compares logits",
     "logits.knowledge": "how much each client's word on a public row counts: `mean` by its units "

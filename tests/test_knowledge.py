@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,20 @@ from fedllm import experiment as ex
 from fedllm.aggregation import knowledge as rules
 from fedllm.aggregation import mean
 from fedllm.aggregation.knowledge import KNOWLEDGE, Voices
+from fedllm.codecs import codec
 from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
+from fedllm.strategies import forms
+from fedllm.strategies.logits import Logits
+from fedllm.training.objectives import Distillation
 from small import GPT2, build, experiment, finish
 
 
 def voices(clients: int = 3, units: int = 6, outputs: int = 5, seed: int = 0) -> Voices:
     draw = torch.Generator().manual_seed(seed)
     said = {f"c{k}": torch.randn(units, outputs, generator=draw) for k in range(clients)}
-    targets = torch.randint(outputs, (units,), generator=draw)
-    return Voices.of(said, {name: k + 1.0 for k, name in enumerate(said)}, targets,
-                     torch.arange(units) // 2)  # fmt: skip
+    losses = {name: torch.rand(units, generator=draw) for name in said}
+    return Voices.of(said, {name: k + 1.0 for k, name in enumerate(said)}, losses)
 
 
 @given(
@@ -47,7 +52,7 @@ def test_weights_of_every_rule_sum_to_one(
     order = torch.randperm(clients, generator=torch.Generator().manual_seed(seed)).tolist()
     said = {some.names[i]: some.logits[i] for i in order}
     again = Voices.of(said, {n: float(some.weights[i]) for i, n in enumerate(some.names)},
-                      some.targets, some.rows)  # fmt: skip
+                      dict(zip(some.names, some.loss, strict=True)))  # fmt: skip
     assert torch.equal(KNOWLEDGE[name](again, limit), weights)
 
 
@@ -94,26 +99,21 @@ def test_an_expert_counts_more_where_it_is_one() -> None:
         logits = 0.1 * torch.randn(60, 3, generator=torch.Generator().manual_seed(expert))
         logits[truth == expert, expert] += 5
         said[f"c{expert}"] = logits
-    some = Voices.of(said, dict.fromkeys(said, 1.0), truth)
+    losses = {name: torch.nn.functional.cross_entropy(z, truth, reduction="none")
+              for name, z in said.items()}  # fmt: skip
+    some = Voices.of(said, dict.fromkeys(said, 1.0), losses)
     for rule in ("confidence", "loss", "least-loss"):
         weights = KNOWLEDGE[rule](some, 1.0)
         for expert in range(3):
             assert float(weights[expert, truth == expert].min()) > 1 / 3, rule
 
 
-def test_loss_is_that_of_whole_rows() -> None:
+def test_the_least_loss_picks_one_voice_whole() -> None:
     some = voices()
-    each = torch.nn.functional.cross_entropy(
-        some.logits.flatten(0, 1),
-        some.targets.repeat(3),
-        reduction="none",  # type: ignore[union-attr]
-    ).view(3, 6)
-    rows = each.view(3, 3, 2).mean(-1).repeat_interleave(2, 1)
-    assert torch.allclose(some.loss, rows.double(), atol=1e-6)
     chosen = KNOWLEDGE["least-loss"](some, 1.0)
-    assert torch.equal(chosen.argmax(0), rows.argmin(0))
+    assert torch.equal(chosen.argmax(0), some.loss.argmin(0))
     picked = rules.combined(some, chosen)
-    assert torch.equal(picked, some.logits[rows.argmin(0), torch.arange(6)])
+    assert torch.equal(picked, some.logits[some.loss.argmin(0), torch.arange(6)])
     with pytest.raises(FedllmError, match="labelled"):
         _ = Voices.of({"a": torch.ones(1, 2)}, {"a": 1.0}).loss
 
@@ -147,28 +147,166 @@ def test_goals_are_labels_or_next_tokens() -> None:
     assert late.goals.tolist() == [9, 5] and late.goals.size == late.targets.sum()
 
 
+# forms ------------------------------------------------------------------------------------------
+
+FORMS: dict[str, forms.Form] = {
+    "logits": forms.Logits(), "labels": forms.Labels(2.0), "statistics": forms.Statistics(),
+    "top-k": forms.Top(4), "top-k, uniform": forms.Top(4, "uniform"), "all of them": forms.Top(9),
+}  # fmt: skip
+
+
+@given(name=st.sampled_from(sorted(FORMS)), units=st.integers(0, 7), scale=st.floats(0.1, 60))
+def test_a_form_decodes_into_a_distribution_with_the_same_favourite(
+    name: str, units: int, scale: float
+) -> None:
+    form, outputs = FORMS[name], 9
+    logits = scale * torch.randn(units, outputs, generator=torch.Generator().manual_seed(units))
+    known = form.encode(logits)
+    assert form.wrong(known, units, outputs) == ""
+    assert set(known) == set(form.parts)
+    found = form.decode(known, outputs)
+    assert found.shape == logits.shape and found.dtype is torch.float32
+    assert bool(torch.isfinite(found).all())
+    assert torch.allclose(found.softmax(-1).sum(-1), torch.ones(units))
+    assert torch.equal(found.argmax(-1), logits.argmax(-1))
+    if name in ("logits", "all of them") and scale < 10:
+        assert torch.allclose(found.softmax(-1), logits.softmax(-1), atol=1e-6)
+
+
+def test_softened_labels_give_the_student_what_logits_give() -> None:
+    """K-05: with the same temperature the distillation is the same, but for what clamping cuts."""
+    logits, student = torch.randn(8, 9), torch.randn(8, 9)
+    goals = torch.zeros(8, dtype=torch.long)
+    form = forms.Labels(2.0)
+    places = torch.arange(8)
+    teachers = [logits, forms.Teacher(form, form.encode(logits), 9)]
+    one, other = (Distillation(t, 2.0, "kl")(student, goals, places) for t in teachers)
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_eight_bits_of_softened_labels_err_by_half_a_step() -> None:
+    """K-09: |p - p'| <= range / 510, and a byte an output."""
+    p = forms.Labels(1.0).encode(3 * torch.randn(20, 77))["labels"]
+    _, parts = codec("int8").encode({}, p)
+    error = (codec("int8").decode(parts) - p).abs().amax(-1)
+    assert bool((error <= (p.amax(-1) - p.amin(-1)) / 510 * 1.001).all())
+    assert parts["level"].numel() * parts["level"].element_size() == p.numel()
+
+
+def test_statistics_are_eight_bytes_a_unit() -> None:
+    known = forms.Statistics().encode(torch.randn(20, 77))
+    assert sum(t.numel() * t.element_size() for t in known.values()) == 20 * 8
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_a_hostile_reply_is_no_knowledge(name: str) -> None:
+    form = FORMS[name]
+    known = form.encode(torch.randn(5, 9))
+    for part in known:
+        for wrong in (known[part][:3], known[part].double(), known[part][..., None]):
+            assert form.wrong({**known, part: wrong}, 5, 9)
+    if "index" in known:
+        for bad in (known["index"] + 9, torch.zeros_like(known["index"])):
+            assert form.wrong({**known, "index": bad}, 5, 9)
+    if "best" in known:
+        assert form.wrong({**known, "best": known["best"] - 20}, 5, 9)
+
+
 # in the loop ------------------------------------------------------------------------------------
 
 
-def ran(**strategy: Any) -> tuple[Any, list[Any]]:
+def ran(
+    exchange: dict[str, Any] | None = None, task: str = "classification", rounds: int = 1,
+    public: dict[str, Any] | None = None, **strategy: Any,
+) -> tuple[Any, list[Any]]:  # fmt: skip
     spec = experiment(
-        GPT2, strategy={"kind": "logits", **strategy}, evaluation={"every": 0},
-        public={"size": 12, "labelled": True},
+        GPT2, task, rounds=rounds, strategy={"kind": "logits", **strategy},
+        evaluation={"every": 0}, public={"size": 12, "labelled": True, **(public or {})},
+        exchange=exchange or {},
     )  # fmt: skip
     built = build(spec)
     done = finish(built)
     return done.server, built.ledger.rows
 
 
-def test_every_rule_runs_a_round_and_sends_the_same_bytes() -> None:
-    payload = set()
-    shared = []
+def payload(rows: list[Any], *roles: str) -> int:
+    return sum(row.payload_bytes for row in rows if row.role in roles)
+
+
+def test_every_rule_runs_a_round_and_sends_the_same_logits() -> None:
+    sent, losses, shared = set(), {}, []
     for rule in KNOWLEDGE:
         server, rows = ran(knowledge=rule, label_share=0.5)
-        payload.add(sum(row.payload_bytes for row in rows if row.role == "logit"))
+        sent.add(payload(rows, "logit"))
+        losses[rule] = payload([r for r in rows if r.step != "eval"], "statistic")
         shared.append(server.shared["model.score.weight"])
-    assert len(payload) == 1
+    assert len(sent) == 1
+    assert losses["least-loss"] == losses["loss"] == 2 * 3 * 12 * 4 and losses["mean"] == 0
     assert not torch.equal(shared[0], shared[-1])
+
+
+@pytest.mark.parametrize(
+    ("form", "bytes_", "roles"),
+    [
+        ("logits", 24 * 4, ["logit"]), ("labels", 24 * 4, ["logit"]),
+        ("statistics", 8, ["logit", "index"]), ("top-k", 5 * 8, ["logit", "index"]),
+    ],
+)  # fmt: skip
+def test_every_form_goes_through_a_round(form: str, bytes_: int, roles: list[str]) -> None:
+    _, rows = ran(form=form, top_k=5)
+    chosen = 3 * 12 * 8  # rows' numbers down, b1 and b7
+    assert payload(rows, *roles) == 2 * 3 * 12 * bytes_ + (chosen if "index" in roles else 0)
+
+
+def test_all_outputs_as_top_k_teach_what_logits_teach() -> None:
+    """k = V loses nothing: the tunables are the same but for rounding."""
+    whole, _ = ran(form="logits")
+    top, _ = ran(form="top-k", top_k=24)
+    for name, tensor in whole.shared.items():
+        assert torch.allclose(tensor, top.shared[name], atol=2e-5)
+
+
+def test_codecs_carry_every_form() -> None:
+    for form, name in (("labels", "int8"), ("top-k", "fp16"), ("logits", "lowrank-3")):
+        _, rows = ran({"codecs": {"logit": name}}, form=form)
+        assert {row.codec for row in rows if row.role == "logit"} == {name}
+
+
+def test_selective_students_follow_nobody_worse() -> None:
+    """K-01 (ii): on a row where nobody's loss is less than its own, a student hears itself."""
+    server, _ = ran(
+        task="generation", knowledge="least-loss", selective=True, form="top-k", top_k=16,
+        label_share=0.9,
+    )  # fmt: skip
+    assert server.facts["digest_loss"] > 0
+    spec = ex.Logits(knowledge="least-loss", selective=True, form="top-k", top_k=4)
+    logits = {"": torch.randn(6, 9), "server": torch.randn(6, 9)}
+    form = forms.form_of(spec)
+    losses = {"": torch.tensor([1.0, 1.0, 1.0]), "server": torch.tensor([2.0, 0.5, 1.0])}
+    said = {n: {**form.encode(z), "loss": losses[n]} for n, z in logits.items()}
+    rows_ = Examples(np.zeros(9, np.int32), np.array([3, 6, 9]), np.zeros(0, np.int64),
+                     np.ones(3, np.int64), np.zeros(0, np.int64))  # fmt: skip
+    setup = build(experiment(GPT2, strategy={"kind": "logits"})).strategy.setup  # type: ignore[attr-defined]
+    model = build(experiment(GPT2)).model
+    strategy = Logits(spec, replace(setup, public=ex.Public(labelled=True)), model, rows_)
+    strategy.model = types.SimpleNamespace(outputs=9)  # type: ignore[assignment]
+    found = strategy._consensus(said, {"": 1.0, "server": 1.0}, rows_)
+    whose = ["", "", "server", "server", "", ""]
+    for unit, name in enumerate(whose):
+        assert set(found["index"][unit].tolist()) == set(said[name]["index"][unit].tolist())
+
+
+@pytest.mark.parametrize("per", ["byte", "token"])
+@pytest.mark.parametrize("ship", [False, True])
+def test_losses_are_those_of_the_rows_text(per: str, ship: bool) -> None:
+    """K-01 (i): PD x L x k x 8 and PD x 4 each way, however the clients got the public set."""
+    _, rows = ran(
+        task="generation", knowledge="least-loss", form="top-k", top_k=6, loss_per=per,
+        public={"ship": ship},
+    )  # fmt: skip
+    units = payload([r for r in rows if r.step == "b3"], "logit") // (3 * 6 * 4)
+    assert payload([r for r in rows if r.step == "b3"], "statistic") == 3 * 12 * 4
+    assert payload([r for r in rows if r.step == "b3"], "index") == 3 * units * 6 * 4
 
 
 def test_clusters_teach_their_own() -> None:
@@ -184,6 +322,8 @@ def test_clusters_teach_their_own() -> None:
     [
         ({"knowledge": "least-loss"}, r"strategy.knowledge = 'least-loss': a loss needs targets"),
         ({"label_share": 0.5}, r"strategy.label_share: only with public.labelled"),
+        ({"selective": True}, r"strategy.selective: compares losses"),
+        ({"form": "top-k", "loss": "mse"}, r"strategy.loss = 'mse'"),
         ({"max_entropy": 0.5}, r"strategy.max_entropy: only with knowledge = 'entropy'"),
         ({"knowledge": "entropie"}, r"entropie.*'entropy'"),
         ({"temperature": 0.0}, r"strategy\S*.temperature"),

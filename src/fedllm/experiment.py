@@ -187,6 +187,11 @@ class Logits(Section):
     ``client_models`` are taken in turn by the clients; none means the experiment's model.
     ``rate`` is the rate of distillation; none means the training rate.
 
+    ``form`` is what is said of each public unit: all logits, softened labels, the ``top_k``
+    likeliest outputs, or the likeliest one and its probability. ``selective`` lets a student follow
+    others only where its own loss is not less, with ``knowledge = "least-loss"`` (FedMKT, arXiv
+    2406.02224); losses are compared a byte of text, or a token.
+
     ``knowledge`` weighs what clients say of each public unit; ``keep`` and ``max_entropy`` leave
     some of it out. With ``clusters`` above 1 each client is taught by those who think alike.
     ``label_share`` is that of the cross-entropy on a labelled set's own labels in the loss of
@@ -194,9 +199,14 @@ class Logits(Section):
     """
 
     kind: Literal["logits"] = "logits"
+    form: Literal["logits", "labels", "top-k", "statistics"] = "logits"
+    top_k: Positive = 128
+    rest: Literal["renormalize", "uniform"] = "renormalize"
     temperature: Rate = 1.0
     loss: Literal["kl", "mse"] = "kl"
     knowledge: Literal["mean", "uniform", "confidence", "entropy", "loss", "least-loss"] = "uniform"
+    selective: bool = False
+    loss_per: Literal["byte", "token"] = "byte"
     keep: Count = 0
     max_entropy: Annotated[float, Field(gt=0, le=1)] = 1.0
     clusters: Positive = 1
@@ -502,6 +512,16 @@ class Experiment(Section):
             raise ValueError(
                 f"{where}.knowledge = {spec.knowledge!r}: a loss needs targets; set "
                 "public.labelled = true, or take 'confidence' or 'entropy'"
+            )
+        if spec.selective and not (by_loss and spec.server_model and spec.clusters == 1):
+            raise ValueError(
+                f"{where}.selective: compares losses with the server's model; expected knowledge = "
+                "'least-loss' (or 'loss'), server_model = true and clusters = 1"
+            )
+        if spec.loss == "mse" and spec.form != "logits":
+            raise ValueError(
+                f"{where}.loss = 'mse': compares logits, which form = {spec.form!r} does not send; "
+                "expected 'kl'"
             )
         if spec.label_share is not None and not self.public.labelled:
             raise ValueError(f"{where}.label_share: only with public.labelled = true")

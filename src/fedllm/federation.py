@@ -151,8 +151,8 @@ def _public(
         return None, None
     if experiment.task.kind == "generation":
         # Its text is an input to everybody; only a labelled set is also a target
-        whole = encode(rows, "public set")
-        return whole.without_labels(), whole if experiment.public.labelled else None
+        seen = encode.seen(rows, "public set")
+        return seen, encode(rows, "public set") if experiment.public.labelled else None
     if experiment.public.labelled:
         whole = encode(rows, "public set")
         return whole, whole

@@ -8,7 +8,7 @@ gives weights [clients, units] whose columns sum to 1; ``combined`` is what they
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,20 +27,18 @@ class Voices:
     What clients say of the same public units.
 
     names: of the clients, sorted.  logits: [clients, units, outputs].  weights: [clients], above 0.
-    targets: [units], where they may be seen.  rows: [units], to which row each belongs; loss is
-    that of whole rows.
+    losses: [clients, units], of the row that each unit belongs to, where targets may be seen.
     """
 
     names: tuple[str, ...]
     logits: Tensor
     weights: Tensor
-    targets: Tensor | None = None
-    rows: Tensor | None = None
+    losses: Tensor | None = None
 
     @staticmethod
     def of(
-        said: Mapping[str, Tensor], weights: Mapping[str, float], targets: Tensor | None = None,
-        rows: Tensor | None = None,
+        said: Mapping[str, Tensor], weights: Mapping[str, float],
+        losses: Mapping[str, Tensor] | None = None,
     ) -> Voices:  # fmt: skip
         """Raises FedllmError for other shapes, NaN, infinity and weights that sum to nothing."""
         check({client: {Z: logits} for client, logits in said.items()})
@@ -48,7 +46,8 @@ class Voices:
         each = torch.tensor([float(weights[name]) for name in names], dtype=torch.float64)
         if not float(each.sum()) > 0:
             raise FedllmError("aggregation: the clients' weights sum to zero")
-        return Voices(names, torch.stack([said[name] for name in names]), each, targets, rows)
+        lost = torch.stack([losses[name].double() for name in names]) if losses else None
+        return Voices(names, torch.stack([said[name] for name in names]), each, lost)
 
     @property
     def doubt(self) -> Tensor:
@@ -58,21 +57,14 @@ class Voices:
 
     @property
     def loss(self) -> Tensor:
-        """Mean cross-entropy of each unit's row, [clients, units]. FedllmError without targets."""
-        if self.targets is None:
+        """Of each unit's row, [clients, units]. Raises FedllmError where nobody said it."""
+        if self.losses is None:
             raise FedllmError(
                 "strategy.knowledge: a rule by loss needs targets; set public.labelled = true"
             )
-        logs = F.log_softmax(self.logits.double(), -1)
-        each = -logs.gather(-1, self.targets.expand(len(self.names), -1)[..., None])[..., 0]
-        if self.rows is None:
-            return each
-        count = torch.bincount(self.rows)
-        summed = each.new_zeros((len(each), len(count))).index_add_(1, self.rows, each)
-        return (summed / count)[:, self.rows]
+        return self.losses
 
 
-Score = Callable[[Voices], Tensor]
 Rule = Callable[[Voices, float], Tensor]
 
 
@@ -152,13 +144,13 @@ def combined(voices: Voices, weights: Tensor) -> Tensor:
 
 
 def divergence(voices: Voices) -> Tensor:
-    """Jensen-Shannon divergence of each two clients, mean over the units: [clients, clients]."""
+    """Jensen-Shannon divergence of each two clients, summed over the units: [clients, clients]."""
     logs = F.log_softmax(voices.logits.double(), -1)
     found = torch.zeros((len(logs), len(logs)), dtype=torch.float64)
     for i in range(len(logs)):
         for j in range(i):
             middle = torch.logaddexp(logs[i], logs[j]) - math.log(2)
-            parts = [(logs[k].exp() * (logs[k] - middle)).sum(-1).mean() for k in (i, j)]
+            parts = [(logs[k].exp() * (logs[k] - middle)).sum() for k in (i, j)]
             found[i, j] = found[j, i] = (parts[0] + parts[1]) / 2
     return found
 
@@ -178,12 +170,3 @@ def clusters(distance: Tensor, number: int) -> list[list[int]]:
         _, a, b = min(pairs)
         groups[a] = sorted(groups[a] + groups.pop(b))
     return sorted(groups)
-
-
-def part(voices: Voices, chosen: Sequence[int]) -> Voices:
-    """Some of the clients."""
-    index = list(chosen)
-    names = tuple(voices.names[i] for i in index)
-    return Voices(
-        names, voices.logits[index], voices.weights[index], voices.targets, voices.rows
-    )  # fmt: skip

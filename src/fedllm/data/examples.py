@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -130,7 +131,7 @@ class Examples:
     def without_labels(self) -> Examples:
         """The same rows with nothing but their tokens; every token but the first is predicted."""
         ones = np.ones(len(self), np.int64)
-        return Examples(self.flat, self.ends, EMPTY, ones, EMPTY, hash=self.hash)
+        return Examples(self.flat, self.ends, EMPTY, ones, self.utf8, hash=self.hash)
 
 
 NOTHING = Examples(np.zeros(0, np.int32), EMPTY, EMPTY, EMPTY, EMPTY)
@@ -201,6 +202,12 @@ class Encoder:
         if self.task.kind == "classification":
             return (self.data.text, self.data.label)
         return (self.data.text,)
+
+    def seen(self, rows: Sequence[dict[str, str]], where: str) -> Examples:
+        """Texts as inputs only: every token but the first is predicted, ``utf8`` is of all."""
+        whole = copy.copy(self)
+        whole.task = self.task.model_copy(update={"response_only": False})
+        return whole(rows, where).without_labels()
 
     def __call__(self, rows: Sequence[dict[str, str]], where: str) -> Examples:
         """Encode rows; ``where`` is what an error about an unknown label names."""

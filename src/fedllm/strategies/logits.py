@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.aggregation import knowledge as rules
@@ -23,14 +22,24 @@ from fedllm.flat import Ints
 from fedllm.message import Fact, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
+from fedllm.strategies.forms import (
+    LOSS,
+    Teacher,
+    Tensors,
+    form_of,
+    look,
+    roles,
+    row_of,
+    slices,
+)
 from fedllm.training.cohort import alone
-from fedllm.training.evaluate import logits_of
 from fedllm.training.jobs import Fit, Tasked, Trained
 from fedllm.training.learner import Plan, Span
 from fedllm.training.meter import Meter
 from fedllm.training.objectives import Distillation
 
-Z = "logits"
+Known = Tensors
+STUDENT = ""  # the voice of who is taught, the first of all
 NO_PUBLIC = "strategy.kind = 'logits': there is no public set; set public.size or public.source"
 
 
@@ -48,7 +57,10 @@ class Logits:
                 raise FedllmError(NO_PUBLIC)
             public = NOTHING
         self.options, self.setup, self.model, self.public = options, setup, model, public
-        self.rule = KNOWLEDGE[options.knowledge]
+        self.rule, self.form = KNOWLEDGE[options.knowledge], form_of(options)
+        by_loss = options.selective or options.knowledge in ("loss", "least-loss")
+        per = "token" if model.classification else options.loss_per
+        self.per = per if by_loss else ""
         self.tasks: Tasks = {"know": self.know, "digest": self.digest, "receive": self.receive}
 
     def start(self) -> ServerState:
@@ -69,60 +81,99 @@ class Logits:
         rows = self._draw(rng)
         which = {"rows": torch.from_numpy(rows.astype(np.int32))}
         request = Message("b1", "know", which, {"rows": Role.INDEX}, {"public": self.public.hash})
-        units = int(self.public.take(rows).targets.sum())
-        want = Want(("loss",), ("weight",), {Z: (units, self.model.outputs)})
+        public = self.public.take(rows)
+        parts = [*self.form.parts, *([LOSS] if self.per else [])]
+        want = Want(("loss",), ("weight",), look=lambda reply: self._misfit(reply, parts, public))
         replies = ask.gather(dict.fromkeys(cohort, request), want)  # b1, b2, b3
+        said = {client: dict(reply.tensors) for client, reply in replies.items()}
+        weights = {client: float(reply.facts["weight"]) for client, reply in replies.items()}
+        size = self.setup.evaluation.batch_size
+        if self.options.selective and self.options.server_model:
+            own = look(self.form, self.model, state.shared, public, size, ask.meter, "b4", self.per)
+            said[STUDENT], weights[STUDENT] = alone(own), max(weights.values())
         with ask.meter.step("b4"):
-            taught, knowledge = self._combine(replies, rows)
+            taught, knowledge = self._combine(said, weights, public)
         if self.options.server_model:
-            public = self.public.take(rows)
             goal = self._distil(
                 self.model, state.shared, public, knowledge, "server", ask.round, ask.meter, "b5"
             )
             shared = alone(goal).values
-            size = self.setup.evaluation.batch_size
-            knowledge = alone(logits_of(self.model, shared, public, size, ask.meter, "b6"))
-            state = replace(state, shared=shared)
-        roles = {Z: Role.LOGIT, "rows": Role.INDEX}
+            seen = look(self.form, self.model, shared, public, size, ask.meter, "b6", self.per)
+            knowledge, state = alone(seen), replace(state, shared=shared)
         sent = {
-            client: Message("b7", "digest", {Z: taught.get(client, knowledge), **which}, roles)
+            client: Message(
+                "b7", "digest", {**taught.get(client, knowledge), **which},
+                {**roles(self.form, taught.get(client, knowledge)), "rows": Role.INDEX},
+            )
             for client in replies
-        }
+        }  # fmt: skip
         done = ask.gather(sent, Want(("loss",)))  # b7, b8
         facts = {**state.facts, "loss": mean_loss(replies), "digest_loss": mean_loss(done)}
         return replace(state, facts=facts)
 
+    def _misfit(self, reply: Message, parts: Sequence[str], public: Examples) -> str:
+        """Why a reply is no knowledge of these rows; empty where it is."""
+        known = reply.tensors
+        if set(known) != set(parts):
+            odd = sorted(set(known) ^ set(parts))
+            return f"sent other names than it was asked for ({', '.join(odd[:3])})"
+        if LOSS in parts and tuple(known[LOSS].shape) != (len(public),):
+            return f"sent {LOSS!r} of {tuple(known[LOSS].shape)}, not of {len(public)} rows"
+        return self.form.wrong(known, int(public.targets.sum()), self.model.outputs)
+
     def _combine(
-        self, replies: Mapping[str, Message], rows: Ints
-    ) -> tuple[dict[str, Tensor], Tensor]:
+        self, said: Mapping[str, Known], weights: Mapping[str, float], public: Examples
+    ) -> tuple[dict[str, Known], Known]:
         """
         b4: (what each client is to be taught, where that is its cluster's; what the server is).
 
         With clusters the server learns from their consensus, each weighing as much as its clients.
         """
-        spec, public = self.options, self.public.take(rows)
-        row = torch.from_numpy(np.repeat(np.arange(len(public)), public.targets))
-        voices = Voices.of(
-            {client: reply.tensors[Z] for client, reply in replies.items()},
-            {client: float(reply.facts["weight"]) for client, reply in replies.items()},
-            torch.from_numpy(public.goals) if self.setup.public.labelled else None, row,
-        )  # fmt: skip
-        if spec.clusters == 1:
-            return {}, self._consensus(voices)
-        groups = rules.clusters(rules.divergence(voices), spec.clusters)
-        parts = [rules.part(voices, group) for group in groups]
-        found = [self._consensus(part) for part in parts]
-        taught = {name: z for part, z in zip(parts, found, strict=True) for name in part.names}
-        heads = {part.names[0]: float(part.weights.sum()) for part in parts}
-        over = Voices.of({name: taught[name] for name in heads}, heads)
-        return taught, rules.combined(over, rules.mean(over, 1.0))
-
-    def _consensus(self, voices: Voices) -> Tensor:
-        """What these clients say together."""
         spec = self.options
-        weights = self.rule(voices, spec.max_entropy)
+        if spec.clusters == 1:
+            return {}, self._consensus(said, weights, public)
+        clients = sorted(set(said) - {STUDENT})
+        distance = torch.zeros(len(clients), len(clients), dtype=torch.float64)
+        for some in slices(int(public.targets.sum()), self.model.outputs):
+            heard = {client: said[client] for client in clients}
+            distance += rules.divergence(self._voices(heard, weights, public, some))
+        taught: dict[str, Known] = {}
+        heads: dict[str, Known] = {}
+        totals: dict[str, float] = {}
+        for group in rules.clusters(distance, spec.clusters):
+            names = [clients[i] for i in group]
+            found = self._consensus({name: said[name] for name in names}, weights, public)
+            taught |= dict.fromkeys(names, found)
+            heads[names[0]], totals[names[0]] = found, sum(weights[name] for name in names)
+        return taught, self._consensus(heads, totals, public, rules.mean)
+
+    def _consensus(
+        self, said: Mapping[str, Known], weights: Mapping[str, float], public: Examples,
+        rule: rules.Rule | None = None,
+    ) -> Known:  # fmt: skip
+        """What these say together, in the form in which they said it."""
+        spec, rule = self.options, rule or self.rule
         by_loss = spec.knowledge in ("loss", "least-loss")
-        return rules.combined(voices, rules.keep_best(voices, weights, spec.keep, by_loss))
+        pieces = []
+        for some in slices(int(public.targets.sum()), self.model.outputs):
+            voices = self._voices(said, weights, public, some)
+            share = rules.keep_best(voices, rule(voices, spec.max_entropy), spec.keep, by_loss)
+            pieces.append(self.form.encode(rules.combined(voices, share)))
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in self.form.parts}
+
+    def _voices(
+        self, said: Mapping[str, Known], weights: Mapping[str, float], public: Examples, some: slice
+    ) -> Voices:
+        """What everybody says of some of the units."""
+        rows = row_of(public)[some]
+        heard = {
+            name: self.form.decode({n: known[n][some] for n in self.form.parts}, self.model.outputs)
+            for name, known in said.items()
+        }
+        lost = all(LOSS in known for known in said.values())
+        return Voices.of(
+            heard, weights, {name: said[name][LOSS][rows] for name in said} if lost else None
+        )
 
     def _draw(self, rng: np.random.Generator) -> Ints:
         """This round's public rows, sorted."""
@@ -138,11 +189,14 @@ class Logits:
                 "tokens": torch.from_numpy(self.public.flat),
                 "lengths": torch.from_numpy(self.public.lengths.astype(np.int32)),
             }
-            roles = of_role(Role.TOKEN, packed)
+            kinds = of_role(Role.TOKEN, packed)
+            if self.per == "byte":
+                packed["utf8"] = torch.from_numpy(self.public.utf8.astype(np.int32))
+                kinds["utf8"] = Role.STATISTIC
             if self.setup.public.labelled and len(self.public.labels):
                 packed["labels"] = torch.from_numpy(self.public.labels.astype(np.int32))
-                roles["labels"] = Role.LABEL
-            sent = dict.fromkeys(new, Message("b0", "receive", packed, roles))
+                kinds["labels"] = Role.LABEL
+            sent = dict.fromkeys(new, Message("b0", "receive", packed, kinds))
             new = [client for client, reply in ask.ask(sent) if isinstance(reply, Message)]
         return replace(state, facts={**state.facts, **{f"shipped.{c}": 1 for c in new}})
 
@@ -153,7 +207,7 @@ class Logits:
     # both -------------------------------------------------------------------------------------
 
     def _distil(
-        self, model: LanguageModel, tunables: Group, public: Examples, teacher: Tensor, who: str,
+        self, model: LanguageModel, tunables: Group, public: Examples, known: Known, who: str,
         round: int, meter: Meter, step: str,
     ) -> Tasked[Trained]:  # fmt: skip
         """b5 and b8: fit the model to the teacher's logits of these public rows."""
@@ -162,7 +216,8 @@ class Logits:
             public, options.batch_size or training.batch_size, training.padding,
             self.setup.longest, (self.setup.seed, who, "public", round), str(model.device),
         )  # fmt: skip
-        share, teacher = options.label_share, teacher.to(model.device)
+        share = options.label_share
+        teacher = Teacher(self.form, known, model.outputs).to(model.device)
         if not self.setup.public.labelled:
             goal = Distillation(teacher, options.temperature, options.loss)
         elif share is None:
@@ -196,7 +251,8 @@ class Logits:
             empty = np.zeros(0, np.int64)
             if self.model.classification:
                 return Examples(flat, ends, labels, empty, empty)
-            return Examples(flat, ends, empty, np.ones(len(ends), np.int64), empty)
+            utf8 = kept["utf8"].numpy().astype(np.int64) if "utf8" in kept else empty
+            return Examples(flat, ends, empty, np.ones(len(ends), np.int64), utf8)
         if site.public is None:
             raise FedllmError(f"client {site.name!r} has no public set; set public.ship = true")
         return site.public
@@ -213,16 +269,24 @@ class Logits:
             )
         rows = public.take(message.tensors["rows"].numpy())
         size = self.setup.evaluation.batch_size
-        found = yield from logits_of(site.model, result.values, rows, size, site.meter, "b2")
+        known = yield from look(
+            self.form, site.model, result.values, rows, size, site.meter, "b2", self.per
+        )
+        if self.options.selective:
+            site.keep("known", known)
         facts: dict[str, Fact] = {"weight": units(site), "loss": result.loss}
-        return Message("b3", tensors={Z: found}, roles={Z: Role.LOGIT}, facts=facts)
+        return Message("b3", "", known, roles(self.form, known), facts)
 
     def digest(self, site: Site, message: Message) -> Tasked[Message]:
         """b8 distil the knowledge into the client's model."""
         rows = self._public(site).take(message.tensors["rows"].numpy())
+        known: Known = {n: t for n, t in message.tensors.items() if n != "rows"}
+        if self.options.selective:
+            voices = {STUDENT: site.group("known"), "server": known}
+            known = self._consensus(voices, dict.fromkeys(voices, 1.0), rows)
+            site.keep("known", {})
         result = yield from self._distil(
-            site.model, self.own(site), rows, message.tensors[Z], site.name, site.round,
-            site.meter, "b8",
-        )  # fmt: skip
+            site.model, self.own(site), rows, known, site.name, site.round, site.meter, "b8"
+        )
         site.keep("tunables", result.values)
         return Message("b8", facts={"loss": result.loss})

@@ -21,20 +21,6 @@ from fedllm.training.meter import Meter
 Metrics = dict[str, Any]
 
 
-def logits_of(
-    model: LanguageModel, tunables: Mapping[str, Tensor], examples: Examples, size: int,
-    meter: Meter, step: str,
-) -> Tasked[Tensor]:  # fmt: skip
-    """Logits of every unit of the examples, in their order: [units, outputs]."""
-    out = torch.zeros((int(examples.targets.sum()), model.outputs))
-
-    def take(batch: Batch, logits: Tensor) -> None:
-        out[batch.places.cpu()] = logits.cpu()
-
-    yield Infer(model, tunables, examples, size, meter, step, take)
-    return out
-
-
 def statistics(
     model: LanguageModel, tunables: Mapping[str, Tensor], examples: Examples, size: int,
     meter: Meter, step: str,

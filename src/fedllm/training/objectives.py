@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +18,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, places: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none")
 
 
+class Known(Protocol):
+    """A teacher's logits, or what gives them when they are asked for."""
+
+    def __getitem__(self, places: Tensor, /) -> Tensor:
+        """[n, outputs] of these units."""
+        ...
+
+
 @dataclass(frozen=True)
 class Distillation:
     """
@@ -27,7 +36,7 @@ class Distillation:
     set's own labels, for a public set that is labelled.  weight: of following the teacher.
     """
 
-    teacher: Tensor
+    teacher: Known
     temperature: float
     loss: str
     label_weight: float = 0.0

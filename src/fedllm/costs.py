@@ -70,10 +70,37 @@ def parameters_payload(model: LanguageModel) -> tuple[int, int]:
     return size, size
 
 
-def logits_payload(model: LanguageModel, public: PublicSize) -> tuple[int, int]:
-    """(up, down): units x outputs floats each way, and twice the chosen rows' numbers down."""
-    knowledge = public.units * model.outputs * FLOAT
-    return knowledge, knowledge + 2 * public.rows * INT
+def knowledge_shapes(
+    spec: ex.Logits, public: PublicSize, outputs: int
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and role of what a model says of public rows (``strategies.forms``); all of 4 bytes."""
+    units, k = public.units, min(spec.top_k, outputs)
+    forms: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {
+        "logits": {"logits": ((units, outputs), "logit")},
+        "labels": {"labels": ((units, outputs), "logit")},
+        "statistics": {"best": ((units,), "index"), "chance": ((units, 1), "logit")},
+        "top-k": {"index": ((units, k), "index"), "value": ((units, k), "logit")},
+    }
+    found = forms[spec.form]
+    if spec.knowledge in ("loss", "least-loss"):
+        found["loss"] = ((public.rows,), "statistic")
+    return found
+
+
+def knowledge_roles(spec: ex.Logits, public: PublicSize, outputs: int) -> Roles:
+    """Bytes by role of what one model says of public rows."""
+    found: Roles = {}
+    for shape, role in knowledge_shapes(spec, public, outputs).values():
+        found[role] = found.get(role, 0) + math.prod(shape) * FLOAT
+    return found
+
+
+def logits_payload(
+    model: LanguageModel, public: PublicSize, spec: ex.Logits | None = None
+) -> tuple[int, int]:
+    """(up, down): what is said of the rows each way, and twice the chosen rows' numbers down."""
+    said = sum(knowledge_roles(spec or ex.Logits(), public, model.outputs).values())
+    return said, said + 2 * public.rows * INT
 
 
 def activations_payload(
@@ -154,16 +181,20 @@ def header(
 
 
 def break_even(
-    model: LanguageModel, tokens: float = 1.0, codecs: Mapping[str, str] | None = None
-) -> float:
+    model: LanguageModel, tokens: float = 1.0, codecs: Mapping[str, str] | None = None,
+    spec: ex.Logits | None = None,
+) -> float:  # fmt: skip
     """
     Public rows a round below which logits send less than parameters, both directions together.
 
     Units of ``tokens`` predicted positions a row (classification: 1), each side behind its codec.
-    The head is included, where it travels.
+    The head is included, where it travels.  spec: the form of what is said; none: all logits.
     """
     share = {role: SHARE.get(codec, 1.0) for role, codec in (codecs or {}).items()}
-    row = 2 * tokens * model.outputs * FLOAT * share.get("logit", 1.0) + 2 * INT
+    said = knowledge_roles(spec or ex.Logits(), PublicSize(1, 1, 1), model.outputs)
+    lost = said.pop("statistic", 0)
+    unit = sum(size * share.get(role, 1.0) for role, size in said.items())
+    row = 2 * (tokens * unit + lost) + 2 * INT
     return sum(parameters_payload(model)) * share.get("parameter", 1.0) / row
 
 

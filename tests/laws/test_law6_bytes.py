@@ -51,6 +51,8 @@ VARIANTS = [
     {"kind": "parameters", "payload": "delta"},
     {"kind": "logits"},
     {"kind": "logits", "server_model": False},
+    {"kind": "logits", "form": "top-k", "top_k": 5, "knowledge": "least-loss", "selective": True},
+    {"kind": "logits", "form": "statistics"},
     {"kind": "activations", "cut": 1},
     {"kind": "activations", "cut": 2, "server": "per-client", "labels": "client"},
     {"kind": "activations", "cut": 2, "server": "concatenated", "average_every": 2},
@@ -70,7 +72,8 @@ def test_ledger_transport_and_formula_agree(
 ) -> None:
     spec = experiment(
         name, task, rounds=2, strategy=strategy, tunables=tunables, training={"epochs": 2},
-        public={"size": 12, "rows_per_round": 7}, evaluation={"every": 0},
+        public={"size": 12, "rows_per_round": 7, "labelled": "knowledge" in strategy},
+        evaluation={"every": 0},
     )  # fmt: skip
     built, scale = weighed(spec)
     rows = built.ledger.rows
@@ -103,7 +106,7 @@ def expected(built: Federation, site: Any, spec: Any) -> tuple[int, int]:
             rows = built.strategy._draw(stream(built.seed, "server", number))  # type: ignore[attr-defined]
             public = site.public.take(rows)
             size = PublicSize(len(public), public.tokens, int(public.targets.sum()))
-            more = costs.logits_payload(model, size)
+            more = costs.logits_payload(model, size, strategy)
             up, down = up + more[0], down + more[1]
         return up, down
     size_ = ClientSize(len(site.train), site.train.tokens, int(site.train.targets.sum()))

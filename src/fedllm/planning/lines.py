@@ -241,8 +241,8 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
     # of a draw at random bytes are those of the mean
     size = PublicSize(drawn, round(whole.tokens * drawn / every),
                       round(whole.units * drawn / every))  # fmt: skip
-    up, down = costs.logits_payload(model, size)
-    index = 2 * drawn * costs.INT
+    said = costs.knowledge_roles(spec, size, model.outputs)
+    shapes = {n: s for n, (s, _) in costs.knowledge_shapes(spec, size, model.outputs).items()}
     looked = est.in_order(rows, experiment.evaluation.batch_size)
     learnt = est.anew(rows, spec.batch_size or training.batch_size, data.longest, spec.epochs)
     shown = experiment.rounds * drawn
@@ -269,20 +269,22 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
             frames.add("down", "b0", "receive", "token", share, shipped)
             frames.add("up", "b0", times=share)
         frames.add("down", "b1", "know", "index", sent={"rows": (drawn,)}, public="0" * 16)
-        shape = {"logits": (size.units, model.outputs)}
-        frames.add("up", "b3", "", "logit", sent=shape, weight=float(drawn), loss=LOSS)
-        frames.add("down", "b7", "digest", "logit", sent={**shape, "rows": (drawn,)})
+        frames.add("up", "b3", "", "logit", sent=shapes, weight=float(drawn), loss=LOSS)
+        frames.add("down", "b7", "digest", "logit", sent={**shapes, "rows": (drawn,)})
         frames.add("up", "b8", loss=LOSS)
         flops, memory, kept, begin = _fitting(est, crowd, data)
         more, most, beside, peak = public(begin, share)
         memory = max(memory + beside, est.held(model.whole) + most + kept + beside, peak + kept)
-        sent = {"logit": down - index, "index": index, "token": shipping}
-        bills.append(_Bill(crowd, {"logit": up}, sent, frames, flops + more, memory))
+        index = said.get("index", 0) + 2 * drawn * costs.INT
+        sent = {**said, "index": index, "token": shipping}
+        bills.append(_Bill(crowd, said, sent, frames, flops + more, memory))
     present = experiment.exchange.clients_per_round or data.clients
-    server, server_memory = 0.0, (present + 1) * up
+    server, server_memory = 0.0, (present + 1) * sum(said.values())
     if spec.server_model:
         server, most, kept, peak = public(est.begin, 1 / experiment.rounds)
         server_memory = max(server_memory, est.held(model.whole) + most + kept, peak)
+        if spec.selective:  # what it knows before it is taught
+            server += est.flops(looked, "whole", False, begin=est.begin if kept else 0)
     found = _total(est, data, bills, "logits", named, server / present, server_memory)
     if spec.client_models:
         return replace(found, variant=f"{named} (every client with the server's model)")

@@ -80,7 +80,9 @@ def even_rows(experiment: ex.Experiment, data: Sizes, estimator: Estimator) -> d
     if not model.classification:
         public = data.public if len(data.public.lengths) else data.crowds[0].train
         per_row = public.size.units / max(public.size.rows, 1)
-    now = costs.break_even(model, per_row, dict(experiment.exchange.codecs))  # type: ignore[arg-type]
+    codecs: dict[str, str] = dict(experiment.exchange.codecs)  # type: ignore[arg-type]
+    (taught,) = (one for one in options(experiment) if isinstance(one, ex.Logits))
+    now = costs.break_even(model, per_row, codecs, taught)
     key = SIZE.get(spec.kind)
     if key is None:
         return {0: now}

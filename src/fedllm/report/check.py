@@ -139,7 +139,7 @@ def _line(
     if isinstance(spec, ex.Parameters):
         up, down = costs.parameters_payload(model)
     elif isinstance(spec, ex.Logits):
-        up, down = costs.logits_payload(model, public)
+        up, down = costs.logits_payload(model, public, spec)
         # distillation costs as much a token as training, a forward pass about 40 % of it
         extra = public.tokens * per_token * spec.epochs
         server = extra + 0.4 * public.tokens * per_token if spec.server_model else 0.0

@@ -24,7 +24,9 @@ from fedllm.errors import FedllmError
 from fedllm.strategies import forms
 from fedllm.strategies.logits import Logits
 from fedllm.training.objectives import Distillation
-from small import GPT2, build, experiment, finish
+from shared import model as shared_model
+from shared import needs_shared
+from small import GPT2, LLAMA, build, experiment, finish
 
 
 def voices(clients: int = 3, units: int = 6, outputs: int = 5, seed: int = 0) -> Voices:
@@ -332,3 +334,92 @@ def test_clusters_teach_their_own() -> None:
 def test_settings_without_meaning_are_refused(strategy: dict[str, Any], said: str) -> None:
     with pytest.raises(FedllmError, match=said):
         ex.parse({"strategy": {"kind": "logits", **strategy}}, "test", Path.cwd())
+
+
+# FedMKT across tokenizers -----------------------------------------------------------------------
+
+BABY = shared_model("babyllama-0.9m")
+MUTUAL: dict[str, Any] = {
+    "kind": "logits", "form": "top-k", "top_k": 16, "knowledge": "least-loss", "selective": True,
+    "label_share": 0.9,
+}  # fmt: skip
+
+
+def mutual(models: list[str], server: str = GPT2, **sections: Any) -> ex.Experiment:
+    return experiment(
+        server, "generation", rounds=2, strategy={**MUTUAL, "client_models": models},
+        public={"size": 8, "labelled": True}, evaluation={"every": 0}, **sections,
+    )  # fmt: skip
+
+
+@needs_shared
+@pytest.mark.parametrize("server", [GPT2, BABY], ids=["builtin", "babyllama"])
+def test_models_with_other_tokenizers_teach_each_other(server: str) -> None:
+    """K-01 (v) heterogeneous: knowledge travels in its speaker's tokens, and no weights do."""
+    spec = mutual([LLAMA, server, LLAMA], server)
+    built = build(spec)
+    done = finish(built)
+    assert set(built.strategy.setup.interpreters) == {"client-1", "client-3"}  # type: ignore[attr-defined]
+    rows = [row for row in built.ledger.rows if row.step != "eval"]
+    assert {row.role for row in rows if row.direction in ("up", "down")} <= {
+        "logit", "index", "statistic", "header", "measurement",
+    }  # fmt: skip
+    for client, site in built.worker.sites.items():
+        assert site.public is not None
+        sent = sum(r.payload_bytes for r in rows if r.client == client and r.step == "b3")
+        k = min(16, site.model.outputs)
+        assert sent == 2 * (int(site.public.targets.sum()) * k * 8 + len(site.public) * 4)
+    before = built.model.initial
+    assert any(not torch.equal(t, before[n]) for n, t in done.server.shared.items())
+
+
+@pytest.mark.parametrize(
+    ("models", "clients"),
+    [([GPT2], 3), ([], 3), ([], 1)],
+    ids=["homogeneous", "same", "one-to-one"],
+)
+def test_all_modes_run(models: list[str], clients: int) -> None:
+    """K-01 (v): equal clients, and one client."""
+    spec = mutual(models, simulation={"clients": clients, "examples": 8, "test_examples": 9})
+    built = build(spec)
+    assert finish(built).server.facts["digest_loss"] > 0
+    assert not built.strategy.setup.interpreters  # type: ignore[attr-defined]
+
+
+@needs_shared
+def test_an_interpreter_of_some_rows_is_that_of_all() -> None:
+    spec = mutual([LLAMA])
+    built = build(spec)
+    up, _ = built.strategy.setup.interpreters["client-1"]  # type: ignore[attr-defined]
+    site = built.worker.sites["client-1"]
+    assert site.public is not None
+    units, outputs = int(site.public.targets.sum()), site.model.outputs
+    known = forms.Top(6).encode(torch.randn(units, outputs))
+    whole = up(known, np.arange(8))
+    chosen = np.array([1, 4, 7])
+    mine = torch.from_numpy(np.isin(forms.row_of(site.public).numpy(), chosen))
+    theirs = torch.from_numpy(np.isin(forms.row_of(built.strategy.public).numpy(), chosen))  # type: ignore[attr-defined]
+    some = up({name: tensor[mine] for name, tensor in known.items()}, chosen)
+    for name in ("index", "value"):
+        assert torch.equal(some[name], whole[name][theirs])
+    assert 0 < up.way.share < 1
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"form": "logits", "selective": False, "knowledge": "mean", "label_share": None},
+         r"has another tokenizer .*form = 'top-k'"),
+        ({"server_model": False, "selective": False}, r"has another tokenizer .*server_model"),
+        ({"top_k": 4000, "client_models": []}, r"strategy.top_k = 4000: .* has \d+ outputs"),
+    ],
+)  # fmt: skip
+def test_what_no_tokenizer_carries_is_refused(changes: dict[str, Any], said: str) -> None:
+    strategy = {**MUTUAL, "client_models": [LLAMA], **changes}
+    spec = experiment(
+        GPT2, "generation", strategy={k: v for k, v in strategy.items() if v is not None},
+        public={"size": 8, "labelled": True},
+    )  # fmt: skip
+    with pytest.raises(FedllmError, match=said):
+        build(spec)

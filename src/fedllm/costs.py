@@ -74,7 +74,7 @@ def knowledge_shapes(
     spec: ex.Logits, public: PublicSize, outputs: int
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and role of what a model says of public rows (``strategies.forms``); all of 4 bytes."""
-    units, k = public.units, min(spec.top_k, outputs)
+    units, k = public.units, min(spec.top_k or ex.TOP_K, outputs)
     forms: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {
         "logits": {"logits": ((units, outputs), "logit")},
         "labels": {"labels": ((units, outputs), "logit")},

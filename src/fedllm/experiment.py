@@ -179,6 +179,9 @@ class Parameters(Section):
     aggregation: Literal["mean", "uniform"] = "mean"
 
 
+TOP_K = 128
+
+
 class Logits(Section):
     """
     Clients exchange logits of the public set (steps b1 to b8).
@@ -188,7 +191,7 @@ class Logits(Section):
     ``rate`` is the rate of distillation; none means the training rate.
 
     ``form`` is what is said of each public unit: all logits, softened labels, the ``top_k``
-    likeliest outputs, or the likeliest one and its probability. ``selective`` lets a student follow
+    likeliest outputs (128, or all where there are fewer), or the likeliest one and its probability. ``selective`` lets a student follow
     others only where its own loss is not less, with ``knowledge = "least-loss"`` (FedMKT, arXiv
     2406.02224); losses are compared a byte of text, or a token.
 
@@ -200,7 +203,7 @@ class Logits(Section):
 
     kind: Literal["logits"] = "logits"
     form: Literal["logits", "labels", "top-k", "statistics"] = "logits"
-    top_k: Positive = 128
+    top_k: Positive | None = None
     rest: Literal["renormalize", "uniform"] = "renormalize"
     temperature: Rate = 1.0
     loss: Literal["kl", "mse"] = "kl"

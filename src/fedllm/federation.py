@@ -23,6 +23,7 @@ from fedllm.data.examples import Encoder, Examples
 from fedllm.data.simulation import Division, divide
 from fedllm.errors import FedllmError
 from fedllm.exchange import Endpoint, Exchange
+from fedllm.knowledge.interpreter import Interpreter, cache, interpreter
 from fedllm.ledger import Ledger
 from fedllm.models.export import save_adapter
 from fedllm.models.loading import LanguageModel, load, load_config, load_tokenizer
@@ -242,11 +243,11 @@ def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Li
         )
 
     model = base_model()
+    others = _client_models(experiment, seed, base_model, model, prepared, listener)
     setup = Setup(
         seed, experiment.rounds, experiment.training, experiment.evaluation, experiment.public,
-        prepared.longest,
+        prepared.longest, _interpreters(experiment, model, prepared, others, listener),
     )  # fmt: skip
-    others = _client_models(experiment, seed, base_model, model, prepared)
     if experiment.model.cache and not experiment.training.base_dropout:
         uses = _uses(experiment, prepared, model, others)
         size = experiment.training.batch_size
@@ -323,6 +324,7 @@ def _client_models(
     base_model: Callable[[str], LanguageModel],
     server: LanguageModel,
     prepared: Prepared,
+    listener: Listener,
 ) -> list[tuple[LanguageModel, Prepared]]:
     """Clients' own architectures with the rows in their tokens, where the strategy has them."""
     spec = experiment.strategy
@@ -333,11 +335,17 @@ def _client_models(
     for name in dict.fromkeys(spec.client_models):
         model = base_model(name)
         theirs = prepare(experiment, seed, name)  # the same rows, in its own tokens
+        for note in theirs.notes:
+            if note not in prepared.notes:
+                listener.note(f"{name}: {note}")
         if theirs.tokenizer.get_vocab() != vocabulary:
-            if experiment.task.kind == "generation":
+            if experiment.task.kind == "generation" and not (
+                spec.form == "top-k" and spec.server_model
+            ):
                 raise FedllmError(
                     f"strategy.client_models: {name!r} has another tokenizer than the server's "
-                    f"model {server.name!r}; logits of tokens need the same"
+                    f"model {server.name!r}; logits of tokens need the same, or form = 'top-k' "
+                    "with server_model = true"
                 )
             if experiment.public.ship:
                 raise FedllmError(
@@ -346,6 +354,37 @@ def _client_models(
                 )
         loaded[name] = (model, theirs)
     return [loaded[name] for name in spec.client_models]
+
+
+def _interpreters(
+    experiment: ex.Experiment, server: LanguageModel, prepared: Prepared,
+    others: Sequence[tuple[LanguageModel, Prepared]], listener: Listener,
+) -> dict[str, tuple[Interpreter, Interpreter]]:  # fmt: skip
+    """To the server and back, for each client whose model reads other tokens."""
+    if experiment.task.kind != "generation" or not others:
+        return {}
+    public, vocabulary = prepared.public, prepared.tokenizer.get_vocab()
+    assert public is not None
+    ours = (prepared.tokenizer, public, server.outputs)
+    made: dict[int, tuple[Interpreter, Interpreter]] = {}
+    for model, data in others:
+        if id(model) in made or data.tokenizer.get_vocab() == vocabulary:
+            continue
+        assert data.public is not None
+        theirs = (data.tokenizer, data.public, model.outputs)
+        place = cache()
+        made[id(model)] = interpreter(theirs, ours, place), interpreter(ours, theirs, place)
+        up, down = (100 * one.way.share for one in made[id(model)])
+        listener.note(
+            f"{model.name}: {up:.0f} % of the server's public tokens take its knowledge, "
+            f"{down:.0f} % of its own the server's; all others learn their own token"
+        )
+    found = {}
+    for number, name in enumerate(prepared.clients):
+        model, _ = others[number % len(others)]
+        if id(model) in made:
+            found[name] = made[id(model)]
+    return found
 
 
 def run_id(experiment: ex.Experiment, seed: int) -> str:

@@ -13,6 +13,7 @@ from fedllm import experiment as ex
 from fedllm.data.clients import ClientData
 from fedllm.data.examples import Examples
 from fedllm.exchange import Exchange
+from fedllm.knowledge.interpreter import Interpreter
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.states import States
@@ -34,6 +35,8 @@ class Setup:
     evaluation: ex.Evaluation
     public: ex.Public
     longest: int
+    # of clients with another tokenizer than the server's: to the server, and back
+    interpreters: Mapping[str, tuple[Interpreter, Interpreter]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

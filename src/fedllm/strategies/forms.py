@@ -166,12 +166,12 @@ class Top:
 
 
 def form_of(spec: ex.Logits) -> Form:
-    """The form that the options name."""
+    """The form that the options name; a model with fewer than ``top_k`` outputs sends them all."""
     if spec.form == "labels":
         return Labels(spec.temperature)
     if spec.form == "statistics":
         return Statistics()
-    return Top(spec.top_k, spec.rest) if spec.form == "top-k" else Logits()
+    return Top(spec.top_k or ex.TOP_K, spec.rest) if spec.form == "top-k" else Logits()
 
 
 LOSS = "loss"

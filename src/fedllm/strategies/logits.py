@@ -57,6 +57,11 @@ class Logits:
                 raise FedllmError(NO_PUBLIC)
             public = NOTHING
         self.options, self.setup, self.model, self.public = options, setup, model, public
+        if options.top_k is not None and options.top_k > model.outputs:
+            raise FedllmError(
+                f"strategy.top_k = {options.top_k}: {model.name!r} has {model.outputs} outputs; "
+                f"expected 1 to {model.outputs}"
+            )
         self.rule, self.form = KNOWLEDGE[options.knowledge], form_of(options)
         by_loss = options.selective or options.knowledge in ("loss", "least-loss")
         per = "token" if model.classification else options.loss_per
@@ -83,9 +88,9 @@ class Logits:
         request = Message("b1", "know", which, {"rows": Role.INDEX}, {"public": self.public.hash})
         public = self.public.take(rows)
         parts = [*self.form.parts, *([LOSS] if self.per else [])]
-        want = Want(("loss",), ("weight",), look=lambda reply: self._misfit(reply, parts, public))
+        want = Want(("loss",), ("weight",), look=lambda reply: self._misfit(reply, parts, rows))
         replies = ask.gather(dict.fromkeys(cohort, request), want)  # b1, b2, b3
-        said = {client: dict(reply.tensors) for client, reply in replies.items()}
+        said = {client: self._heard(reply, rows) for client, reply in replies.items()}
         weights = {client: float(reply.facts["weight"]) for client, reply in replies.items()}
         size = self.setup.evaluation.batch_size
         if self.options.selective and self.options.server_model:
@@ -111,15 +116,25 @@ class Logits:
         facts = {**state.facts, "loss": mean_loss(replies), "digest_loss": mean_loss(done)}
         return replace(state, facts=facts)
 
-    def _misfit(self, reply: Message, parts: Sequence[str], public: Examples) -> str:
+    def _heard(self, reply: Message, rows: Ints) -> Known:
+        """A client's knowledge in the server's tokens."""
+        known = dict(reply.tensors)
+        ways = self.setup.interpreters.get(reply.client)
+        return known if ways is None else ways[0](known, rows)
+
+    def _misfit(self, reply: Message, parts: Sequence[str], rows: Ints) -> str:
         """Why a reply is no knowledge of these rows; empty where it is."""
         known = reply.tensors
         if set(known) != set(parts):
             odd = sorted(set(known) ^ set(parts))
             return f"sent other names than it was asked for ({', '.join(odd[:3])})"
-        if LOSS in parts and tuple(known[LOSS].shape) != (len(public),):
-            return f"sent {LOSS!r} of {tuple(known[LOSS].shape)}, not of {len(public)} rows"
-        return self.form.wrong(known, int(public.targets.sum()), self.model.outputs)
+        if LOSS in parts and tuple(known[LOSS].shape) != (len(rows),):
+            return f"sent {LOSS!r} of {tuple(known[LOSS].shape)}, not of {len(rows)} rows"
+        units, outputs = int(self.public.targets[rows].sum()), self.model.outputs
+        if reply.client in self.setup.interpreters:
+            way, _ = self.setup.interpreters[reply.client]
+            units, outputs = way.units(rows), way.outputs
+        return self.form.wrong(known, units, outputs)
 
     def _combine(
         self, said: Mapping[str, Known], weights: Mapping[str, float], public: Examples
@@ -136,7 +151,8 @@ class Logits:
         distance = torch.zeros(len(clients), len(clients), dtype=torch.float64)
         for some in slices(int(public.targets.sum()), self.model.outputs):
             heard = {client: said[client] for client in clients}
-            distance += rules.divergence(self._voices(heard, weights, public, some))
+            voices = self._voices(heard, weights, public, some, self.model.outputs)
+            distance += rules.divergence(voices)
         taught: dict[str, Known] = {}
         heads: dict[str, Known] = {}
         totals: dict[str, float] = {}
@@ -149,25 +165,26 @@ class Logits:
 
     def _consensus(
         self, said: Mapping[str, Known], weights: Mapping[str, float], public: Examples,
-        rule: rules.Rule | None = None,
+        rule: rules.Rule | None = None, outputs: int = 0,
     ) -> Known:  # fmt: skip
-        """What these say together, in the form in which they said it."""
-        spec, rule = self.options, rule or self.rule
+        """What these say together, in the form in which they said it; outputs: not the server's."""
+        spec, rule, outputs = self.options, rule or self.rule, outputs or self.model.outputs
         by_loss = spec.knowledge in ("loss", "least-loss")
         pieces = []
-        for some in slices(int(public.targets.sum()), self.model.outputs):
-            voices = self._voices(said, weights, public, some)
+        for some in slices(int(public.targets.sum()), outputs):
+            voices = self._voices(said, weights, public, some, outputs)
             share = rules.keep_best(voices, rule(voices, spec.max_entropy), spec.keep, by_loss)
             pieces.append(self.form.encode(rules.combined(voices, share)))
         return {name: torch.cat([piece[name] for piece in pieces]) for name in self.form.parts}
 
     def _voices(
-        self, said: Mapping[str, Known], weights: Mapping[str, float], public: Examples, some: slice
-    ) -> Voices:
+        self, said: Mapping[str, Known], weights: Mapping[str, float], public: Examples,
+        some: slice, outputs: int,
+    ) -> Voices:  # fmt: skip
         """What everybody says of some of the units."""
         rows = row_of(public)[some]
         heard = {
-            name: self.form.decode({n: known[n][some] for n in self.form.parts}, self.model.outputs)
+            name: self.form.decode({n: known[n][some] for n in self.form.parts}, outputs)
             for name, known in said.items()
         }
         lost = all(LOSS in known for known in said.values())
@@ -279,11 +296,15 @@ class Logits:
 
     def digest(self, site: Site, message: Message) -> Tasked[Message]:
         """b8 distil the knowledge into the client's model."""
-        rows = self._public(site).take(message.tensors["rows"].numpy())
+        chosen = message.tensors["rows"].numpy().astype(np.int64)
+        rows = self._public(site).take(chosen)
         known: Known = {n: t for n, t in message.tensors.items() if n != "rows"}
+        if site.name in self.setup.interpreters:
+            known = self.setup.interpreters[site.name][1](known, chosen)
         if self.options.selective:
             voices = {STUDENT: site.group("known"), "server": known}
-            known = self._consensus(voices, dict.fromkeys(voices, 1.0), rows)
+            weights = dict.fromkeys(voices, 1.0)
+            known = self._consensus(voices, weights, rows, outputs=site.model.outputs)
             site.keep("known", {})
         result = yield from self._distil(
             site.model, self.own(site), rows, known, site.name, site.round, site.meter, "b8"

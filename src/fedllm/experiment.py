@@ -191,9 +191,10 @@ class Logits(Section):
     ``rate`` is the rate of distillation; none means the training rate.
 
     ``form`` is what is said of each public unit: all logits, softened labels, the ``top_k``
-    likeliest outputs (128, or all where there are fewer), or the likeliest one and its probability. ``selective`` lets a student follow
-    others only where its own loss is not less, with ``knowledge = "least-loss"`` (FedMKT, arXiv
-    2406.02224); losses are compared a byte of text, or a token.
+    likeliest outputs (none: 128, or all where there are fewer), or the likeliest one and its
+    probability. ``selective`` lets a student follow others only where its own loss is not less,
+    with ``knowledge = "least-loss"`` (FedMKT, arXiv 2406.02224); losses are compared a byte of
+    text, or a token.
 
     ``knowledge`` weighs what clients say of each public unit; ``keep`` and ``max_entropy`` leave
     some of it out. With ``clusters`` above 1 each client is taught by those who think alike.

@@ -53,7 +53,7 @@ class Case:
     title: str
     model: str
     task: str
-    tokenizer: str | None = None
+    tokenizer: str | None = None  # of another place: then the weights are random
 
 
 def experiment(case: Case, strategy: dict[str, Any]) -> ex.Experiment:
@@ -62,7 +62,10 @@ def experiment(case: Case, strategy: dict[str, Any]) -> ex.Experiment:
     key = "text" if case.task == "classification" else "prompt"
     values: dict[str, Any] = {
         "name": "planned", "rounds": 2,
-        "model": {"name": case.model, "tokenizer": case.tokenizer or case.model},
+        "model": {
+            "name": case.model, "tokenizer": case.tokenizer or case.model,
+            "weights": "random" if case.tokenizer else "pretrained",
+        },
         "task": {"kind": case.task}, "data": {key: "text", **columns, "max_tokens": 96},
         "public": {"size": 120}, "tunables": {"kind": "lora", "rank": 8},
         "training": {"batch_size": 16}, "strategy": strategy,

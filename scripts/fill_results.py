@@ -38,7 +38,7 @@ def described(summary: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Rewrite the marked part of the README, its picture, and the page of results."""
+    """Rewrite the marked part of the README, the page of results and its picture."""
     banking, shakespeare = (read(Path(folder)) for folder in sys.argv[1:3])
     text = BANKING.format(what=described(banking))
     table = tables.markdown(*tables.rows(banking))
@@ -56,6 +56,7 @@ def main() -> None:
         "## Banking77, MiniLM",
         text,
         table,
+        "![Quality against bytes](img/banking77-trade-off.svg)",
         "## Shakespeare, stories-260k",
         other,
         tables.markdown(*tables.rows(shakespeare)),

@@ -269,7 +269,8 @@ def test_all_outputs_as_top_k_teach_what_logits_teach() -> None:
 
 
 def test_codecs_carry_every_form() -> None:
-    for form, name in (("labels", "int8"), ("top-k", "fp16"), ("logits", "lowrank-3")):
+    for form, name in (("labels", "int8"), ("top-k", "fp16"), ("top-k", "int8"),
+                       ("logits", "lowrank-3"), ("statistics", "int8")):  # fmt: skip
         _, rows = ran({"codecs": {"logit": name}}, form=form)
         assert {row.codec for row in rows if row.role == "logit"} == {name}
 
@@ -309,6 +310,11 @@ def test_losses_are_those_of_the_rows_text(per: str, ship: bool) -> None:
     units = payload([r for r in rows if r.step == "b3"], "logit") // (3 * 6 * 4)
     assert payload([r for r in rows if r.step == "b3"], "statistic") == 3 * 12 * 4
     assert payload([r for r in rows if r.step == "b3"], "index") == 3 * units * 6 * 4
+
+
+def test_clusters_may_keep_their_best_by_loss() -> None:
+    server, _ = ran(clusters=2, keep=1, knowledge="least-loss")
+    assert server.facts["digest_loss"] > 0
 
 
 def test_clusters_teach_their_own() -> None:

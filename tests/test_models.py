@@ -18,7 +18,7 @@ from fedllm import federation
 from fedllm.errors import FedllmError
 from fedllm.models.flops import FlopCounter, count
 from fedllm.models.inputs import Inputs
-from fedllm.models.loading import LanguageModel, load, source_of
+from fedllm.models.loading import LanguageModel, load, load_config, source_of
 from fedllm.predict import export, open_run, predict
 from shared import needs_shared
 from small import BERT, DECODERS, GPT2, LLAMA, TASKS, TYPES, build, experiment, finish
@@ -314,3 +314,19 @@ def test_loads_in_threads_leave_the_library_as_it_was() -> None:
         found = list(pool.map(lambda _: loaded(GPT2, ex.Lora(), TOKENS), range(8)))
     assert PreTrainedModel.tie_weights is before
     assert len({model.base_hash for model in found}) == 1
+
+
+@pytest.mark.parametrize(("name", "task"), [(BERT, "classification"), (LLAMA, "generation")])
+@needs_shared
+def test_a_model_may_be_cut_short(name: str, task: Any) -> None:
+    """NAME#3: the first three blocks, with the whole one's weights."""
+    kind, lora = ex.Task(kind=task), ex.Lora(rank=2)
+    whole, short = (load(ex.Model(name=n), kind, lora, 5, 0) for n in (name, f"{name}#3"))
+    assert (whole.blocks > 3, short.blocks) == (True, 3)
+    assert short.base_hash != whole.base_hash
+    mine, theirs = (dict(m.whole.named_parameters()) for m in (short, whole))
+    shared = [n for n in mine if n not in short.initial and "lora" not in n]
+    assert shared and all(torch.equal(mine[n], theirs[n]) for n in shared)
+    for wrong in ("#0", "#99"):
+        with pytest.raises(FedllmError, match=r"expected #1 to #"):
+            load_config(ex.Model(name=name + wrong))

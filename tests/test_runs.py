@@ -332,7 +332,7 @@ def test_compare_on_the_command_line(
     for word in ("parameters", "logits", "activations (sequential", "standalone", "in clear"):
         assert word in out.out
     page = (folder / "out" / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert "http" not in page.replace("http://www.w3.org", "")
     few = ("--set", 'compare.strategies=["parameters"]', "--out", "few")
     assert call(monkeypatch, *arguments, *few) == 0

@@ -29,7 +29,8 @@ class Section(BaseModel):
 
 class Model(Section):
     """
-    Which base model, and how it computes. ``name`` is ``builtin``, a folder, or a name on the hub.
+    Which base model, and how it computes. ``name`` is ``builtin``, a folder, or a name on the hub;
+    ``NAME#4`` is the model without the blocks above its first four.
 
     ``device = "auto"`` is a CUDA device where there is one. ``precision = "bf16"`` computes passes
     under torch's autocast; tunables, optimizers and all that travels stay float32.
@@ -214,7 +215,7 @@ class Logits(Section):
     keep: Count = 0
     max_entropy: Annotated[float, Field(gt=0, le=1)] = 1.0
     clusters: Positive = 1
-    label_share: Annotated[float, Field(ge=0, lt=1)] | None = None
+    label_share: Annotated[float, Field(ge=0, le=1)] | None = None
     server_model: bool = True
     client_models: tuple[str, ...] = ()
     epochs: Positive = 1
@@ -834,7 +835,9 @@ def _path(text: str, folder: Path) -> str:
     """A path that exists relative to the file becomes absolute; other names stay as they are."""
     looks_local = text.startswith((".", "/", "~"))
     candidate = folder / Path(text).expanduser()
-    return str(candidate.resolve()) if looks_local or candidate.exists() else text
+    whole = candidate.with_name(re.sub(r"#\d+$", "", candidate.name) or candidate.name)
+    there = candidate.exists() or whole.exists()
+    return str(candidate.resolve()) if looks_local or there else text
 
 
 def _named(value: Any, folder: Path) -> Any:

@@ -30,7 +30,8 @@ BUILTIN = Path(__file__).parent / "builtin"
 
 def source_of(name: str) -> str:
     """What ``from_pretrained`` is given for this name."""
-    return str(BUILTIN) if name == "builtin" else name
+    source, _ = shallow(name)
+    return str(BUILTIN) if source == "builtin" else source
 
 
 def hub_error(what: str, key: str, name: str, error: Exception) -> FedllmError:
@@ -75,13 +76,32 @@ def load_config(model: ex.Model, name: str | None = None) -> Any:
     from transformers import AutoConfig
 
     name = name or model.name
+    _, blocks = shallow(name)
     try:
-        return AutoConfig.from_pretrained(source_of(name), revision=model.revision)
+        config = AutoConfig.from_pretrained(source_of(name), revision=model.revision)
     except StrictDataclassError as error:
         said = " ".join(str(error).split())
         raise FedllmError(f"model.name = {name!r}: its config.json is wrong: {said}") from None
     except (OSError, ValueError) as error:
         raise hub_error("model", "model.name", name, error) from None
+
+    if blocks is None:
+        return config
+    whole = int(getattr(config, "num_hidden_layers", 0))
+    if not 1 <= blocks <= whole:
+        raise FedllmError(f"{name!r}: the model has {whole} blocks; expected #1 to #{whole}")
+    config.num_hidden_layers = blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(config.layer_types)[:blocks]
+    return config
+
+
+def shallow(name: str) -> tuple[str, int | None]:
+    """``NAME#4``, the first four blocks of a model: (name, blocks), or (name, None)."""
+    source, sign, number = name.rpartition("#")
+    if not sign or not number.isdecimal() or Path(name).exists():
+        return name, None
+    return source, int(number)
 
 
 def load_tokenizer(model: ex.Model, name: str | None = None) -> Any:

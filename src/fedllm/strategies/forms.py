@@ -54,8 +54,10 @@ class Form(Protocol):
 def _shaped(known: Mapping[str, Tensor], **wanted: tuple[tuple[int, ...], torch.dtype]) -> str:
     for name, (shape, kind) in wanted.items():
         found = known[name]
-        if tuple(found.shape) != shape or found.dtype is not kind:
-            return f"sent {name!r} as {found.dtype} of {tuple(found.shape)}, not {kind} of {shape}"
+        if tuple(found.shape) != shape:
+            return f"sent {name!r} with shape {tuple(found.shape)}, not {shape}"
+        if found.dtype is not kind:
+            return f"sent {name!r} as {found.dtype}, not {kind}"
     return ""
 
 
@@ -135,6 +137,12 @@ class Statistics:
         return said
 
 
+def _within_one(known: Mapping[str, Tensor]) -> TopK:
+    """Top-k knowledge whose mass a codec may have rounded to above 1."""
+    value = known["value"]
+    return TopK(known["index"], value - value.logsumexp(-1, keepdim=True).clamp_min(0))
+
+
 @dataclass(frozen=True)
 class Top:
     """The k likeliest outputs and ln p of each (K-08, FedMKT): 8 k bytes a unit."""
@@ -149,8 +157,8 @@ class Top:
         return {"index": known.index, "value": known.value.clamp_min(topk.FLOOR)}
 
     def decode(self, known: Mapping[str, Tensor], outputs: int) -> Tensor:
-        """Ln p, with what is missing spread by ``rest``."""
-        return topk.spread(TopK(known["index"], known["value"]), outputs, self.rest)
+        """Logarithms of probabilities, with what is missing spread by ``rest``."""
+        return topk.spread(_within_one(known), outputs, self.rest)
 
     def wrong(self, known: Mapping[str, Tensor], units: int, outputs: int) -> str:
         """Another shape, outputs that there are not, or the same one twice."""
@@ -159,7 +167,7 @@ class Top:
         if said:
             return said
         try:
-            topk.check(TopK(known["index"], known["value"]), outputs, "a reply")
+            topk.check(_within_one(known), outputs, "a reply")
         except FedllmError as error:
             return str(error)
         return ""

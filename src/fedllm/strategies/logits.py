@@ -173,7 +173,9 @@ class Logits:
         pieces = []
         for some in slices(int(public.targets.sum()), outputs):
             voices = self._voices(said, weights, public, some, outputs)
-            share = rules.keep_best(voices, rule(voices, spec.max_entropy), spec.keep, by_loss)
+            share = rule(voices, spec.max_entropy)
+            if rule is self.rule:  # else it is over clusters, each of which is heard
+                share = rules.keep_best(voices, share, spec.keep, by_loss)
             pieces.append(self.form.encode(rules.combined(voices, share)))
         return {name: torch.cat([piece[name] for piece in pieces]) for name in self.form.parts}
 

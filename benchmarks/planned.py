@@ -173,7 +173,9 @@ def main() -> None:
         "client and round, and in brackets by how much they differ from what a run of two rounds "
         "then measured (server: of a round). Three clients with 300, 200 and 100 rows of the "
         "built-in text, 120 public rows, LoRA r = 8, batches of 16. Seconds are planned with the "
-        "FLOP/s of the run of parameters, so its own cell says nothing.", "",
+        "FLOP/s of the run of parameters, so its own cell says nothing. Under logits the server's "
+        "memory has room for what all clients say, which a run does not count; with a large "
+        "vocabulary that is most of it.", "",
         markdown(HEADER, table), "",
         "Planning a Llama-type model of seven billion weights (1,667 rows of 120 tokens a client, "
         "5,002 public rows), after importing, without weights:", "", *big, "",

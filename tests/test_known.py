@@ -40,8 +40,15 @@ def ran(built: Federation) -> tuple[Tensors, dict[str, int]]:
     return found, flops
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: "-".join(map(str, s.values())))
-@pytest.mark.parametrize(("name", "task"), EACH)
+CASES = [
+    pytest.param(*case.values, strategy, marks=case.marks,
+                 id=f"{case.id}-{'-'.join(map(str, strategy.values()))}")
+    for number, case in enumerate(EACH)
+    for strategy in (STRATEGIES if number == 0 else STRATEGIES[number :: 2])
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "task", "strategy"), CASES)
 def test_runs_are_the_same_with_and_without(name: str, task: str, strategy: dict[str, Any]) -> None:
     def run(cache: bool) -> tuple[Tensors, dict[str, int]]:
         spec = experiment(

@@ -337,7 +337,7 @@ def test_compare_on_the_command_line(
     few = ("--set", 'compare.strategies=["parameters"]', "--out", "few")
     assert call(monkeypatch, *arguments, *few) == 0
     page = (folder / "few" / "report.html").read_text()
-    assert page.count("<svg") == 1  # one round makes no curve
+    assert page.count("<svg") == 2  # one round makes no curve
 
 
 # Ledger -----------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ MEANING = {
     "out: added whole",
     "logits.server_model": "false: clients get the averaged logits themselves",
     "logits.client_models": "models of the clients, taken in turn; all must give equally many "
-                            "logits",
+    "logits, but for top-k knowledge of text",
     "logits.epochs": "passes over the round's public rows, at the server and at each client",
     "logits.batch_size": "rows in a batch of distillation; without it `training.batch_size`",
     "logits.rate": "rate of distillation; without it `training.rate`",

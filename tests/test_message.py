@@ -197,7 +197,11 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     """From another machine anything may come."""
     large = {"left": torch.ones(2**15, 1), "right": torch.ones(1, 2**15)}
     odd = {"left": torch.ones(2, 3), "right": torch.ones(2, 3)}
-    for parts, name in ((large, "lowrank-1"), (odd, "lowrank-1"), ({"low": odd["left"]}, "int8")):
+    deep = {"left": torch.ones(1, 2**15, 1), "right": torch.ones(1, 1, 2**18)}
+    wide = {"level": torch.zeros(10**5, 1, dtype=torch.uint8), "low": torch.zeros(1, 10**5),
+            "step": torch.zeros(1, 10**5)}  # fmt: skip
+    for parts, name in ((large, "lowrank-1"), (odd, "lowrank-1"), ({"low": odd["left"]}, "int8"),
+                        (deep, "lowrank-1"), (wide, "int8")):  # fmt: skip
         tensors = {f"h//{part}": tensor for part, tensor in parts.items()}
         frame = pack(
             Message("b3", tensors=tensors, roles=of_role(Role.LOGIT, tensors)), {"h": name}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedllm.codecs import codec as codec_of
+from fedllm.codecs.base import MOST
 from fedllm.errors import FedllmError
 from fedllm.ledger import Ledger, Row
 from fedllm.message import Failure, Frame, Message, pack, payload_bytes, unpack
@@ -67,6 +68,8 @@ def decode(frame: Frame) -> tuple[Message, Message, dict[str, str]]:
         except (RuntimeError, ValueError, IndexError) as error:  # parts that do not fit together
             raise FedllmError(f"frame: codec {codec!r} of {name!r}: {error}") from None
         roles[name] = next(r for n, r in wire.roles.items() if n.startswith(f"{name}//"))
+        if sum(tensors[n].numel() for n in used if n in tensors) > MOST:
+            raise FedllmError(f"frame: decoded it holds more than {MOST:,} numbers")
     return replace(wire, tensors=tensors, roles=roles), wire, used
 
 
@@ -277,7 +280,7 @@ class Exchange:
         if reply.task == FAILED:
             return Failure(client, request.step, str(reply.facts.get("reason", "unknown")))
         for name, tensor in reply.tensors.items():
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() and not tensor.is_complex():
                 continue
             if tensor.dtype not in FLOATS:
                 return Failure(client, request.step, f"sent {name!r} as {tensor.dtype}")

@@ -523,6 +523,11 @@ class Experiment(Section):
                 f"{where}.selective: compares losses with the server's model; expected knowledge = "
                 "'least-loss' (or 'loss'), server_model = true and clusters = 1"
             )
+        if spec.form == "top-k" and spec.rest == "renormalize" and spec.temperature != 1:
+            raise ValueError(
+                f"{where}.temperature = {spec.temperature:g}: what a top-k leaves out has no logit "
+                "to be softened; expected 1, or rest = 'uniform'"
+            )
         if spec.loss == "mse" and spec.form != "logits":
             raise ValueError(
                 f"{where}.loss = 'mse': compares logits, which form = {spec.form!r} does not send; "
@@ -835,7 +840,7 @@ def _path(text: str, folder: Path) -> str:
     """A path that exists relative to the file becomes absolute; other names stay as they are."""
     looks_local = text.startswith((".", "/", "~"))
     candidate = folder / Path(text).expanduser()
-    whole = candidate.with_name(re.sub(r"#\d+$", "", candidate.name) or candidate.name)
+    whole = Path(re.sub(r"#\d+$", "", str(candidate)))
     there = candidate.exists() or whole.exists()
     return str(candidate.resolve()) if looks_local or there else text
 

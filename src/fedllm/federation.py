@@ -338,14 +338,15 @@ def _client_models(
         for note in theirs.notes:
             if note not in prepared.notes:
                 listener.note(f"{name}: {note}")
-        if theirs.tokenizer.get_vocab() != vocabulary:
-            if experiment.task.kind == "generation" and not (
-                spec.form == "top-k" and spec.server_model
-            ):
+        text = experiment.task.kind == "generation"
+        if theirs.tokenizer.get_vocab() != vocabulary or (text and model.outputs != server.outputs):
+            # a unit without counterpart arrives as the text's own token: only a loss knows better
+            by_loss = spec.knowledge in ("loss", "least-loss")
+            if text and not (spec.form == "top-k" and spec.server_model and by_loss):
                 raise FedllmError(
                     f"strategy.client_models: {name!r} has another tokenizer than the server's "
                     f"model {server.name!r}; logits of tokens need the same, or form = 'top-k' "
-                    "with server_model = true"
+                    "with server_model = true and knowledge = 'least-loss' (or 'loss')"
                 )
             if experiment.public.ship:
                 raise FedllmError(
@@ -368,7 +369,8 @@ def _interpreters(
     ours = (prepared.tokenizer, public, server.outputs)
     made: dict[int, tuple[Interpreter, Interpreter]] = {}
     for model, data in others:
-        if id(model) in made or data.tokenizer.get_vocab() == vocabulary:
+        same = data.tokenizer.get_vocab() == vocabulary and model.outputs == server.outputs
+        if id(model) in made or same:
             continue
         assert data.public is not None
         theirs = (data.tokenizer, data.public, model.outputs)

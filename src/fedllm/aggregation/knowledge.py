@@ -140,6 +140,18 @@ def combined(voices: Voices, weights: Tensor) -> Tensor:
     return total.to(voices.logits.dtype)
 
 
+def mixed(voices: Voices, weights: Tensor, temperature: float = 1.0) -> Tensor:
+    """
+    T ln sum_k w_k(x) softmax(z_k(x) / T): the mean of distributions, [units, outputs].
+
+    For forms that do not say all logits: what one client leaves out is no veto on what others say.
+    """
+    total = torch.zeros(voices.logits.shape[1:], dtype=torch.float64)
+    for weight, logits in zip(weights, voices.logits, strict=True):
+        total += (logits.double() / temperature).softmax(-1) * weight[:, None]
+    return (temperature * total.clamp_min(1e-30).log()).to(voices.logits.dtype)
+
+
 # clusters ---------------------------------------------------------------------------------------
 
 

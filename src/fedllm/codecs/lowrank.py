@@ -35,6 +35,8 @@ class LowRank:
         if "x" in parts:
             return parts["x"].float()
         left, right = parts["left"], parts["right"]
-        if left.shape[0] * right.shape[-1] > MOST:
-            raise FedllmError(f"a product of {left.shape[0]} x {right.shape[-1]} is refused")
+        if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
+            raise FedllmError(f"{tuple(left.shape)} and {tuple(right.shape)} have no product")
+        if left.shape[0] * right.shape[1] > MOST:
+            raise FedllmError(f"a product of {left.shape[0]} x {right.shape[1]} is refused")
         return left.float() @ right.float()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedllm.codecs.base import State
+from fedllm.errors import FedllmError
 
 STEPS = 255
 
@@ -34,5 +35,8 @@ class Int8:
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """Back to float32."""
         level, low, step = parts["level"], parts["low"], parts["step"]
+        wanted = (*level.shape[:-1], 1) if level.dim() else (1,)
+        if level.dtype is not torch.uint8 or not tuple(low.shape) == tuple(step.shape) == wanted:
+            raise FedllmError(f"levels of {tuple(level.shape)} do not fit their ranges")
         rows = level.float() if level.dim() else level.float().reshape(1)
         return (rows * step + low).view(level.shape)

@@ -261,7 +261,7 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
         return once + look + learn, most, kept, peak
 
     share, bills = _first(est, data), []
-    shipped = _shipped(experiment, data.public) if experiment.public.ship else {}
+    shipped = _shipped(experiment, spec, data.public) if experiment.public.ship else {}
     shipping = round(share * costs.INT * sum(size for (size,) in shipped.values()))
     for crowd in data.crowds:
         frames = _Frames(est, "logits", crowd)
@@ -291,10 +291,13 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
     return found
 
 
-def _shipped(experiment: ex.Experiment, rows: Rows) -> dict[str, tuple[int]]:
+def _shipped(experiment: ex.Experiment, spec: ex.Logits, rows: Rows) -> dict[str, tuple[int]]:
     """Shapes of the public set as it travels, once to each client."""
     size = rows.size
     found = {"tokens": (size.tokens,), "lengths": (size.rows,)}
+    text, by_loss = experiment.task.kind == "generation", spec.knowledge in ("loss", "least-loss")
+    if text and by_loss and spec.loss_per == "byte":
+        found["utf8"] = (size.rows,)
     if experiment.public.labelled and experiment.task.kind == "classification":
         found["labels"] = (size.rows,)
     return found

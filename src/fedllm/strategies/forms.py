@@ -27,11 +27,17 @@ from fedllm.training.meter import Meter
 from fedllm.training.objectives import cross_entropy
 
 TINY = 1e-9
+LARGE = 65_504.0  # what float16 carries
 Tensors = dict[str, Tensor]
 
 
 class Form(Protocol):
     """One form. Its tensors have units as first dimension."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether a mean of what is decoded is meant; else of the distributions it stands for."""
+        ...
 
     @property
     def parts(self) -> Mapping[str, Role]:
@@ -51,7 +57,8 @@ class Form(Protocol):
         ...
 
 
-def _shaped(known: Mapping[str, Tensor], **wanted: tuple[tuple[int, ...], torch.dtype]) -> str:
+def shaped(known: Mapping[str, Tensor], **wanted: tuple[tuple[int, ...], torch.dtype]) -> str:
+    """Which tensor has another shape or type than wanted; empty where none has."""
     for name, (shape, kind) in wanted.items():
         found = known[name]
         if tuple(found.shape) != shape:
@@ -64,6 +71,7 @@ def _shaped(known: Mapping[str, Tensor], **wanted: tuple[tuple[int, ...], torch.
 class Logits:
     """All logits as they are: 4 bytes an output."""
 
+    linear: ClassVar[bool] = True
     parts: ClassVar[Mapping[str, Role]] = {"logits": Role.LOGIT}
 
     def encode(self, logits: Tensor) -> Tensors:
@@ -75,8 +83,11 @@ class Logits:
         return known["logits"]
 
     def wrong(self, known: Mapping[str, Tensor], units: int, outputs: int) -> str:
-        """Another shape."""
-        return _shaped(known, logits=((units, outputs), torch.float32))
+        """Another shape, or numbers that no model says and that would end the server's training."""
+        said = shaped(known, logits=((units, outputs), torch.float32))
+        if not said and units and float(known["logits"].abs().max()) > LARGE:
+            return f"sent logits beyond {LARGE:g}"
+        return said
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ class Labels:
     """
 
     temperature: float
+    linear: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, Role]] = {"labels": Role.LOGIT}
 
     def encode(self, logits: Tensor) -> Tensors:
@@ -100,9 +112,9 @@ class Labels:
         return self.temperature * (p / p.sum(-1, keepdim=True)).log()
 
     def wrong(self, known: Mapping[str, Tensor], units: int, outputs: int) -> str:
-        """Another shape, or what are no probabilities."""
-        said = _shaped(known, labels=((units, outputs), torch.float32))
-        if not said and bool((known["labels"] < -0.01).any() or (known["labels"] > 1.01).any()):
+        """Another shape, or what no codec makes of probabilities."""
+        said = shaped(known, labels=((units, outputs), torch.float32))
+        if not said and units and float(known["labels"].abs().max()) > 100:
             return "sent 'labels' that are no probabilities"
         return said
 
@@ -114,6 +126,7 @@ class Statistics:
     The rest of the probability is taken to be even over all other outputs.
     """
 
+    linear: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, Role]] = {"best": Role.INDEX, "chance": Role.LOGIT}
 
     def encode(self, logits: Tensor) -> Tensors:
@@ -130,7 +143,7 @@ class Statistics:
 
     def wrong(self, known: Mapping[str, Tensor], units: int, outputs: int) -> str:
         """Another shape, or outputs that there are not."""
-        said = _shaped(known, best=((units,), torch.int32), chance=((units, 1), torch.float32))
+        said = shaped(known, best=((units,), torch.int32), chance=((units, 1), torch.float32))
         best = known["best"]
         if not said and units and not bool(((best >= 0) & (best < outputs)).all()):
             return f"sent 'best' outside 0 to {outputs - 1}"
@@ -149,6 +162,7 @@ class Top:
 
     k: int
     rest: topk.Rest = "renormalize"
+    linear: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, Role]] = {"index": Role.INDEX, "value": Role.LOGIT}
 
     def encode(self, logits: Tensor) -> Tensors:
@@ -163,7 +177,7 @@ class Top:
     def wrong(self, known: Mapping[str, Tensor], units: int, outputs: int) -> str:
         """Another shape, outputs that there are not, or the same one twice."""
         shape = (units, min(self.k, outputs))
-        said = _shaped(known, index=(shape, torch.int32), value=(shape, torch.float32))
+        said = shaped(known, index=(shape, torch.int32), value=(shape, torch.float32))
         if said:
             return said
         try:

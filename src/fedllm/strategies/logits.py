@@ -30,6 +30,7 @@ from fedllm.strategies.forms import (
     look,
     roles,
     row_of,
+    shaped,
     slices,
 )
 from fedllm.training.cohort import alone
@@ -128,8 +129,11 @@ class Logits:
         if set(known) != set(parts):
             odd = sorted(set(known) ^ set(parts))
             return f"sent other names than it was asked for ({', '.join(odd[:3])})"
-        if LOSS in parts and tuple(known[LOSS].shape) != (len(rows),):
-            return f"sent {LOSS!r} of {tuple(known[LOSS].shape)}, not of {len(rows)} rows"
+        if LOSS in parts:
+            if said := shaped(known, **{LOSS: ((len(rows),), torch.float32)}):
+                return said
+            if len(rows) and float(known[LOSS].min()) < 0:
+                return f"sent {LOSS!r} below 0"
         units, outputs = int(self.public.targets[rows].sum()), self.model.outputs
         if reply.client in self.setup.interpreters:
             way, _ = self.setup.interpreters[reply.client]
@@ -149,7 +153,7 @@ class Logits:
             return {}, self._consensus(said, weights, public)
         clients = sorted(set(said) - {STUDENT})
         distance = torch.zeros(len(clients), len(clients), dtype=torch.float64)
-        for some in slices(int(public.targets.sum()), self.model.outputs):
+        for some in slices(int(public.targets.sum()), self.model.outputs * len(clients)):
             heard = {client: said[client] for client in clients}
             voices = self._voices(heard, weights, public, some, self.model.outputs)
             distance += rules.divergence(voices)
@@ -168,15 +172,20 @@ class Logits:
         rule: rules.Rule | None = None, outputs: int = 0,
     ) -> Known:  # fmt: skip
         """What these say together, in the form in which they said it; outputs: not the server's."""
-        spec, rule, outputs = self.options, rule or self.rule, outputs or self.model.outputs
+        spec, outputs = self.options, outputs or self.model.outputs
+        weigh = rule or self.rule
         by_loss = spec.knowledge in ("loss", "least-loss")
         pieces = []
-        for some in slices(int(public.targets.sum()), outputs):
+        for some in slices(int(public.targets.sum()), outputs * len(said)):
             voices = self._voices(said, weights, public, some, outputs)
-            share = rule(voices, spec.max_entropy)
-            if rule is self.rule:  # else it is over clusters, each of which is heard
+            share = weigh(voices, spec.max_entropy)
+            if rule is None:  # else it is over clusters, each of which is heard
                 share = rules.keep_best(voices, share, spec.keep, by_loss)
-            pieces.append(self.form.encode(rules.combined(voices, share)))
+            if self.form.linear:
+                found = rules.combined(voices, share)
+            else:
+                found = rules.mixed(voices, share, spec.temperature if spec.form == "labels" else 1)
+            pieces.append(self.form.encode(found))
         return {name: torch.cat([piece[name] for piece in pieces]) for name in self.form.parts}
 
     def _voices(
@@ -278,6 +287,7 @@ class Logits:
 
     def know(self, site: Site, message: Message) -> Tasked[Message]:
         """b1 fine-tune on the private rows, b2 compute logits of the public ones, b3 send them."""
+        site.keep("known", {})  # of a round that ended without b7
         result = yield from site.fine_tune(self.own(site), "b1")
         site.keep("tunables", result.values)
         public = self._public(site)
@@ -304,7 +314,12 @@ class Logits:
         if site.name in self.setup.interpreters:
             known = self.setup.interpreters[site.name][1](known, chosen)
         if self.options.selective:
-            voices = {STUDENT: site.group("known"), "server": known}
+            own = site.group("known")
+            if not own:
+                raise FedllmError(
+                    "what this client knew (b2) is gone; it goes on in the next round"
+                )
+            voices = {STUDENT: own, "server": known}
             weights = dict.fromkeys(voices, 1.0)
             known = self._consensus(voices, weights, rows, outputs=site.model.outputs)
             site.keep("known", {})

@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/fedllm demo --out runs/demo --resume
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

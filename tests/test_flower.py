@@ -76,22 +76,6 @@ def test_a_run_over_flower_is_the_one_in_process(folder: Path) -> None:
     assert "holds a finished run" in refused.stderr
 
 
-def test_a_round_of_messages_is_the_one_in_process(folder: Path) -> None:
-    """No site stays: parameters travel as Flower's own messages."""
-    few = (
-        "--set",
-        "strategy.kind=parameters",
-        "--set",
-        "rounds=1",
-        "--set",
-        "exchange.resident=false",
-    )
-    fedllm("run", "experiment.toml", "--on", "server", "--out", "messages", *few, cwd=folder)
-    spec = ex.load(folder / "experiment.toml", few[1::2])
-    federation.run(spec, 0, folder / "at once", prepared=simulated(spec))
-    assert adapter(folder / "messages") == adapter(folder / "at once")
-
-
 class Grid:
     """Flower's, as far as it is used, with nodes whose calls can be made to fail."""
 

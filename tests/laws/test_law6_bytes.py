@@ -71,7 +71,8 @@ def test_ledger_transport_and_formula_agree(
     name: str, task: str, tunables: dict[str, Any], strategy: dict[str, Any]
 ) -> None:
     spec = experiment(
-        name, task, rounds=2, strategy=strategy, tunables=tunables, training={"epochs": 2},
+        name, task, rounds=2, strategy=strategy, tunables=tunables,
+        training={"epochs": 2, "rate": 0.01},
         public={"size": 12, "rows_per_round": 7, "labelled": "knowledge" in strategy},
         evaluation={"every": 0},
     )  # fmt: skip

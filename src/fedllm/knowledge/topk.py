@@ -13,7 +13,6 @@ from fedllm.errors import FedllmError
 Rest = Literal["renormalize", "uniform"]
 # ln 1e-30: what stands for a probability of nothing. Not -inf: 0 x (-inf - log q) would be NaN.
 FLOOR = -69.0
-PAIR = 8  # bytes of an int32 index and a float32 value
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +63,6 @@ def top(logits: Tensor, k: int) -> TopK:
     logits = logits.float()
     value, index = logits.topk(k)
     return TopK(index.int(), value - logits.logsumexp(-1, keepdim=True))
-
-
-def payload(units: int, k: int) -> int:
-    """Bytes of the tensors: units x k x (4 + 4)."""
-    return units * k * PAIR
 
 
 def check(known: TopK, outputs: int, whose: str) -> None:

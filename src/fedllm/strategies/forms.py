@@ -28,7 +28,7 @@ from fedllm.training.objectives import cross_entropy
 
 TINY = 1e-9
 LARGE = 65_504.0  # what float16 carries
-Tensors = dict[str, Tensor]
+Known = dict[str, Tensor]
 
 
 class Form(Protocol):
@@ -44,7 +44,7 @@ class Form(Protocol):
         """Roles of the tensors that travel, by name."""
         ...
 
-    def encode(self, logits: Tensor) -> Tensors:
+    def encode(self, logits: Tensor) -> Known:
         """[n, outputs] -> tensors [n, ...]."""
         ...
 
@@ -74,7 +74,7 @@ class Logits:
     linear: ClassVar[bool] = True
     parts: ClassVar[Mapping[str, Role]] = {"logits": Role.LOGIT}
 
-    def encode(self, logits: Tensor) -> Tensors:
+    def encode(self, logits: Tensor) -> Known:
         """Themselves."""
         return {"logits": logits}
 
@@ -102,7 +102,7 @@ class Labels:
     linear: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, Role]] = {"labels": Role.LOGIT}
 
-    def encode(self, logits: Tensor) -> Tensors:
+    def encode(self, logits: Tensor) -> Known:
         """Probabilities."""
         return {"labels": (logits / self.temperature).softmax(-1)}
 
@@ -129,7 +129,7 @@ class Statistics:
     linear: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, Role]] = {"best": Role.INDEX, "chance": Role.LOGIT}
 
-    def encode(self, logits: Tensor) -> Tensors:
+    def encode(self, logits: Tensor) -> Known:
         """Arg-max, and the largest probability."""
         chance, best = logits.softmax(-1).max(-1)
         return {"best": best.int(), "chance": chance[:, None]}
@@ -165,7 +165,7 @@ class Top:
     linear: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, Role]] = {"index": Role.INDEX, "value": Role.LOGIT}
 
-    def encode(self, logits: Tensor) -> Tensors:
+    def encode(self, logits: Tensor) -> Known:
         """The likeliest first."""
         known = topk.top(logits, min(self.k, logits.shape[-1]))
         return {"index": known.index, "value": known.value.clamp_min(topk.FLOOR)}
@@ -207,14 +207,14 @@ def roles(form: Form, known: Mapping[str, Tensor]) -> dict[str, Role]:
 def look(
     form: Form, model: LanguageModel, tunables: Mapping[str, Tensor], rows: Examples, size: int,
     meter: Meter, step: str, per: str = "",
-) -> Tasked[Tensors]:  # fmt: skip
+) -> Tasked[Known]:  # fmt: skip
     """
     What a model knows of these rows, in this form: tensors [units, ...] in the rows' order.
 
     per: ``byte`` or ``token``: with ``loss``, too, [rows]: the cross-entropy of each row's targets
     by what it is divided by.
     """
-    known: Tensors = {}
+    known: Known = {}
     units, losses = int(rows.targets.sum()), torch.zeros(int(rows.targets.sum()))
 
     def take(batch: Batch, logits: Tensor) -> None:
@@ -256,7 +256,7 @@ class Teacher:
         return Teacher(self.form, {n: t.to(device) for n, t in self.known.items()}, self.outputs)
 
 
-CHUNK = 1 << 22  # decoded numbers of one client at once
+CHUNK = 1 << 22  # decoded numbers that exist at once, of all who are heard
 
 
 def slices(units: int, outputs: int) -> list[slice]:

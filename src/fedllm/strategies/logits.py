@@ -24,8 +24,8 @@ from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
 from fedllm.strategies.forms import (
     LOSS,
+    Known,
     Teacher,
-    Tensors,
     form_of,
     look,
     roles,
@@ -39,7 +39,6 @@ from fedllm.training.learner import Plan, Span
 from fedllm.training.meter import Meter
 from fedllm.training.objectives import Distillation
 
-Known = Tensors
 STUDENT = ""  # the voice of who is taught, the first of all
 NO_PUBLIC = "strategy.kind = 'logits': there is no public set; set public.size or public.source"
 

@@ -139,8 +139,8 @@ MEANING = {
     "logits.label_share": "share of the labels' cross-entropy in the loss of distillation; left "
     "out: added whole",
     "logits.server_model": "false: clients get the averaged logits themselves",
-    "logits.client_models": "models of the clients, taken in turn; all must give equally many "
-    "logits, but for top-k knowledge of text",
+    "logits.client_models": "models of the clients, taken in turn, or a table of clients' names "
+    "and models; all must give equally many logits, but for top-k knowledge of text",
     "logits.epochs": "passes over the round's public rows, at the server and at each client",
     "logits.batch_size": "rows in a batch of distillation; without it `training.batch_size`",
     "logits.rate": "rate of distillation; without it `training.rate`",

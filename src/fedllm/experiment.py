@@ -188,7 +188,8 @@ class Logits(Section):
     Clients exchange logits of the public set (steps b1 to b8).
 
     ``server_model = false`` is FedMD (arXiv 1910.03581): no model at the server.
-    ``client_models`` are taken in turn by the clients; none means the experiment's model.
+    ``client_models`` are taken in turn by the clients, or a table says whose is which, as it must
+    across machines; who has none there has the experiment's model.
     ``rate`` is the rate of distillation; none means the training rate.
 
     ``form`` is what is said of each public unit: all logits, softened labels, the ``top_k``
@@ -217,10 +218,26 @@ class Logits(Section):
     clusters: Positive = 1
     label_share: Annotated[float, Field(ge=0, le=1)] | None = None
     server_model: bool = True
-    client_models: tuple[str, ...] = ()
+    client_models: tuple[str, ...] | dict[str, str] = ()
     epochs: Positive = 1
     batch_size: Positive | None = None
     rate: Rate | None = None
+
+    def models(self, clients: Sequence[str]) -> dict[str, str]:
+        """
+        Names of the models of those of these clients who have their own.
+
+        Raises FedllmError for a table with others in it.
+        """
+        named = self.client_models
+        if isinstance(named, dict):
+            for name in named:
+                if name not in clients:
+                    raise FedllmError(
+                        f"strategy.client_models.{name}: no such client; {nearest(name, clients)}"
+                    )
+            return dict(named)
+        return {name: named[k % len(named)] for k, name in enumerate(clients)} if named else {}
 
 
 class Activations(Section):
@@ -860,8 +877,13 @@ def _resolve_all(values: dict[str, Any], folder: Path) -> None:
             if isinstance(axis, dict) and isinstance(axis.get(name), list | tuple):
                 axis[name] = [_named(value, folder) for value in axis[name]]
     for strategy in (values.get("strategy"), isinstance(compare, dict) and compare.get("logits")):
-        if isinstance(strategy, dict) and isinstance(strategy.get("client_models"), list):
-            strategy["client_models"] = [_path(item, folder) for item in strategy["client_models"]]
+        if not isinstance(strategy, dict):
+            continue
+        found = strategy.get("client_models")
+        if isinstance(found, list):
+            strategy["client_models"] = [_path(item, folder) for item in found]
+        elif isinstance(found, dict):
+            strategy["client_models"] = {k: _path(item, folder) for k, item in found.items()}
 
 
 def _resolve(section: Any, key: str, folder: Path) -> None:

@@ -88,7 +88,7 @@ MEANING = {
                      "farthest from those before it; `disagreement` of the clients; `feedback`, by "
                      "the clients' mix of labels",
     "public.feedback_epsilon": "Laplace noise of scale 2 / epsilon on each count of a client's "
-                               "labels; without it none",
+                               "labels, drawn from the run's seed; without it none",
     "public.labelled": "the public set's labels (generation: its tokens) are used as targets, too",
     "public.ship": "the server sends the set to each client once (step b0), counted; false: "
                    "clients have it beforehand",

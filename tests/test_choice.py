@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm import costs
+from fedllm import costs, federation
 from fedllm import experiment as ex
 from fedllm.aggregation import knowledge as rules
 from fedllm.aggregation.knowledge import Voices
@@ -22,8 +23,9 @@ from fedllm.checkpoint import load, save
 from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
 from fedllm.exchange import Want
+from fedllm.federation import Prepared, Silent
 from fedllm.flat import Ints
-from fedllm.ledger import Row
+from fedllm.ledger import Ledger, Row
 from fedllm.round import Federation
 from fedllm.strategies import choice
 from fedllm.strategies.base import ServerState
@@ -48,6 +50,16 @@ def pruned(
         evaluation={"every": 0}, simulation={"test_examples": 3},
         public={"size": 24, "labelled": True, "rows_per_round": rows, "choose": choose, **public},
     )  # fmt: skip
+
+
+@cache
+def prepared(task: str) -> Prepared:
+    return federation.prepare(pruned("random", task=task), 0)
+
+
+def made(spec: ex.Experiment) -> Federation:
+    """How rows are chosen changes neither data nor what a pass costs, so both are shared."""
+    return federation.assemble(spec, 0, prepared(spec.task.kind), Ledger(), "run", Silent())
 
 
 def sent(rows: list[Row], *roles: str) -> int:
@@ -133,7 +145,7 @@ def test_scores_of_units_are_the_formulas(seed: int, outputs: int) -> None:
 
 @pytest.mark.parametrize("task", ["classification", "generation"])
 def test_a_rows_score_is_the_mean_over_its_units(task: str) -> None:
-    strategy: Any = build(pruned("random", task=task)).strategy
+    strategy: Any = made(pruned("random", task=task)).strategy
     public, model = strategy.public, strategy.model
     logits = torch.zeros(int(public.targets.sum()), model.outputs)
 
@@ -144,7 +156,7 @@ def test_a_rows_score_is_the_mean_over_its_units(task: str) -> None:
     ends = np.cumsum(public.targets)
     for score in choice.SCORES.values():
         meter = Meter()
-        found = alone(choice.looked(score, model, model.initial, public, 5, meter))
+        found = alone(choice.looked(score, model, model.initial, public, 10, meter))
         each = score(logits, torch.from_numpy(public.goals))
         slow = [each[end - n : end].mean(0) for end, n in zip(ends, public.targets, strict=True)]
         assert torch.allclose(found, torch.stack(slow), atol=1e-5)
@@ -213,7 +225,7 @@ def test_rows_are_drawn_with_the_clients_mix_of_labels() -> None:
 
 def test_a_histogram_is_told_once_and_nothing_else() -> None:
     """K-06: below 1 kB, in the reply that comes anyway, and the only bytes more."""
-    plain, told = (build(pruned(rule, rounds=2)) for rule in ("random", "feedback"))
+    plain, told = (made(pruned(rule, rounds=2)) for rule in ("random", "feedback"))
     asked = used(told)
     for built in (plain, told):
         finish(built)
@@ -235,7 +247,7 @@ def test_a_histogram_is_told_once_and_nothing_else() -> None:
 
 
 def test_noise_is_drawn_once_and_leaves_no_count_below_zero() -> None:
-    built = build(pruned("feedback", feedback_epsilon=0.5))
+    built = made(pruned("feedback", feedback_epsilon=0.5))
     site = built.worker.sites["client-1"]
     noisy = choice.histogram(site)
     assert torch.equal(noisy, choice.histogram(site)) and float(noisy.min()) == 0
@@ -253,7 +265,7 @@ def test_a_false_histogram_is_its_tellers_failure() -> None:
     assert choice.misfit({"histogram": good}, 3) == ""
     for lie, says in ((good[:2], "with shape"), (good - 1, "below 0"), (good.double(), "float64")):
         assert says in choice.misfit({"histogram": lie}, 3)
-    built = build(pruned("feedback").replace(exchange=ex.Exchange(minimum_replies=1)))
+    built = made(pruned("feedback").replace(exchange=ex.Exchange(minimum_replies=1)))
     strategy: Any = built.strategy
     honest, lies = strategy.know, {"client-1": math.nan, "client-2": -1.0}
 
@@ -277,7 +289,7 @@ def test_a_rule_uses_so_many_rows_and_a_resumed_run_the_same_ones(
 ) -> None:
     """K-10: bytes in proportion to the rows; state in, state out. Most need no server's model."""
     spec = pruned(rule, rounds=2, strategy={"server_model": rule in ex.LOOKING})
-    whole = build(spec)
+    whole = made(spec)
     rows = used(whole)
     kept: list[Any] = []
     end = finish(whole, kept.append)
@@ -289,7 +301,7 @@ def test_a_rule_uses_so_many_rows_and_a_resumed_run_the_same_ones(
     save(tmp_path, kept[0])
     begin = load(tmp_path, states_here=False)
     assert begin is not None
-    strategy: Any = build(spec).strategy
+    strategy: Any = made(spec).strategy
     assert strategy._draw(begin.server, Meter(), stream(0, "server", 2)).tolist() == rows[1]
     if rule == "disagreement":
         assert not set(rows[0]) & set(rows[1])  # those never used come first
@@ -337,7 +349,7 @@ def test_the_plan_knows_of_the_histogram_and_of_the_servers_look() -> None:
     outputs = 24
     assert told.payload[0] - plain.payload[0] == outputs * costs.FLOAT / 2  # of two rounds
     assert 0 < told.up - plain.up - outputs * costs.FLOAT / 2 < 100 > told.down - plain.down > 0
-    built = build(pruned("coverage"))
+    built = made(pruned("coverage"))
     finish(built)
     more = sum(r.flops or 0 for r in built.ledger.rows if r.step == "choose")
     assert looked.server_flops - plain.server_flops == pytest.approx(more, rel=0.05)

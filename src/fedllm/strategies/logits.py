@@ -223,7 +223,7 @@ class Logits:
         self, state: ServerState, said: Mapping[str, Known], weights: Mapping[str, float],
         public: Examples, rows: Ints, meter: Meter,
     ) -> ServerState:  # fmt: skip
-        """With what later rounds choose their rows by."""
+        """The state, with what later rounds choose their rows by."""
         if self.setup.public.choose == "disagreement":
             outputs = self.model.outputs
             with meter.step(choice.STEP):

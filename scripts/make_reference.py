@@ -83,6 +83,12 @@ MEANING = {
     "public.source": "a source of its own; without it the rows are cut from `simulation.source`",
     "public.size": "number of public rows; with `source`, 0 means all",
     "public.rows_per_round": "rows drawn each round; without it all",
+    "public.choose": "which rows those are: `random`; the highest `entropy` of the server's "
+                     "prediction, or `el2n`, its distance from the label; `coverage`, each the "
+                     "farthest from those before it; `disagreement` of the clients; `feedback`, by "
+                     "the clients' mix of labels",
+    "public.feedback_epsilon": "Laplace noise of scale 2 / epsilon on each count of a client's "
+                               "labels, drawn from the run's seed; without it none",
     "public.labelled": "the public set's labels (generation: its tokens) are used as targets, too",
     "public.ship": "the server sends the set to each client once (step b0), counted; false: "
                    "clients have it beforehand",

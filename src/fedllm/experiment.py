@@ -80,17 +80,47 @@ class Data(Section):
         return self
 
 
+LOOKING = ("entropy", "el2n", "coverage")  # choices of rows for which the server's model looks
+
+
 class Public(Section):
     """
     The public set of the logits strategy: ``size`` rows cut from the training source before
     the clients get theirs, or all (at most ``size``, if given) of a ``source`` of its own.
+
+    ``choose`` says which ``rows_per_round`` a round uses: a draw at random; those on which the
+    server's model is least sure (``entropy``) or errs most (``el2n``), or that cover all its
+    predictions (``coverage``); those on which clients disagreed; or a draw with the clients' mix
+    of labels, of which each tells its own once (``feedback``), with noise of
+    ``feedback_epsilon`` where that is given.
     """
 
     source: str | None = None
     size: Count = 0
     rows_per_round: Positive | None = None
+    choose: Literal[
+        "random", "entropy", "el2n", "coverage", "disagreement", "feedback"
+    ] = "random"  # fmt: skip
+    feedback_epsilon: Rate | None = None
     labelled: bool = False
     ship: bool = False
+
+    @model_validator(mode="after")
+    def _chosen(self) -> Self:
+        if self.choose != "random" and self.rows_per_round is None:
+            raise ValueError(
+                f"choose = {self.choose!r}: without rows_per_round every round uses all rows; set "
+                "it, or take 'random'"
+            )
+        if self.choose in ("el2n", "feedback") and not self.labelled:
+            raise ValueError(
+                f"choose = {self.choose!r}: needs the public rows' labels; set labelled = true"
+            )
+        if self.feedback_epsilon is not None and self.choose != "feedback":
+            raise ValueError(
+                f"feedback_epsilon: only with choose = 'feedback' (here {self.choose!r})"
+            )
+        return self
 
 
 Head = Literal["shared", "personal", "frozen"]
@@ -535,6 +565,16 @@ class Experiment(Section):
                 f"{where}.knowledge = {spec.knowledge!r}: a loss needs targets; set "
                 "public.labelled = true, or take 'confidence' or 'entropy'"
             )
+        if self.public.choose in LOOKING and not spec.server_model:
+            raise ValueError(
+                f"public.choose = {self.public.choose!r}: the server's model looks at the rows; "
+                f"set {where}.server_model = true, or take 'disagreement', 'feedback' or 'random'"
+            )
+        if self.public.choose == "feedback" and self.task.kind != "classification":
+            raise ValueError(
+                "public.choose = 'feedback': compares classes; expected task.kind = "
+                f"'classification' (here {self.task.kind!r})"
+            )
         if spec.selective and not (by_loss and spec.server_model and spec.clusters == 1):
             raise ValueError(
                 f"{where}.selective: compares losses with the server's model; expected knowledge = "
@@ -597,6 +637,8 @@ class Allow(Section):
             return "labels may not leave this site (allow.labels): set strategy.labels = 'client'"
         if isinstance(spec, Logits) and not self.logits:
             return "logits may not leave this site (allow.logits)"
+        if isinstance(spec, Logits) and experiment.public.choose == "feedback" and not self.labels:
+            return "label counts may not leave this site (allow.labels): public.choose = 'feedback'"
         return ""
 
 

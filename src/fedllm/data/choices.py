@@ -31,9 +31,7 @@ def options(row: Mapping[str, str], data: ex.Data, where: str) -> tuple[str, ...
             raise FedllmError(f'{key}: {_short(value)} is no list; expected e.g. ["yes", "no"]')
         found = tuple(_plain(one) for one in listed)
     if len(found) < 2:
-        raise FedllmError(
-            f"{key}: {_short(value)} holds {len(found)}; expected two options or more"
-        )
+        raise FedllmError(f"{key}: {_short(value)} has {len(found)}; expected 2 options or more")
     for number, option in enumerate(found):
         if not option.strip():
             raise FedllmError(f"{key}: option {number} of {_short(value)} is empty; expected text")

@@ -45,6 +45,7 @@ Rules between keys:
 - `plan.sites` count as many clients as `simulation.clients`.
 - `exchange.clients_per_round` is at most `simulation.clients`.
 - `data.prompt` and `data.response` go together; multiple choice needs `data.options`, too.
+- `evaluation.rouge_examples` needs prompt and response of a generation.
 - `tunables.head` other than `shared` is for classification only.
 - `seeds` holds no seed twice.
 

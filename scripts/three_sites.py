@@ -328,7 +328,7 @@ def columns(spec: ex.Experiment) -> list[str]:
     """Columns of private rows."""
     if spec.data.prompt is not None and spec.data.response is not None:
         listed = [] if spec.data.options is None else [spec.data.options]
-        return [spec.data.prompt, spec.data.response, *listed]
+        return list(dict.fromkeys([spec.data.prompt, spec.data.response, *listed]))
     if spec.task.kind == "classification":
         return [spec.data.text, spec.data.label]
     return [spec.data.text]

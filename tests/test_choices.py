@@ -192,7 +192,9 @@ def test_a_row_that_is_no_question_is_refused_by_file_and_row(
     ({"task": {"kind": "generation"}}, "data.options: only with"),
     ({"data": {"option_pattern": "("}}, "no regular expression"),
     ({"data": {"option_pattern": "(a)(b)"}}, "2 groups"),
-    ({"evaluation": {"rouge_examples": 1}}, "evaluation.rouge_examples"),
+    ({"evaluation": {"rouge_examples": 1}}, "evaluation.rouge_examples: .*'generation' with"),
+    ({"data": {"options": None, "prompt": None, "response": None}, "task": {"kind": "generation"},
+      "evaluation": {"rouge_examples": 1}}, "evaluation.rouge_examples"),
 ])  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(
     spec: ex.Experiment, changes: dict[str, Any], words: str

@@ -530,18 +530,19 @@ class Experiment(Section):
         return self
 
     def _chosen(self) -> None:
-        """What multiple choice asks of the data, and settings that mean nothing without it."""
+        """What multiple choice and Rouge-L ask of the data, and keys that mean nothing without."""
+        answered = self.task.kind == "generation" and self.data.prompt is not None
+        if self.evaluation.rouge_examples and not answered:
+            raise ValueError(
+                "evaluation.rouge_examples: Rouge-L compares written responses with given ones; "
+                "expected task.kind = 'generation' with data.prompt and data.response"
+            )
         if self.task.kind == "multiple-choice":
             if self.data.options is None or self.data.prompt is None:
                 missing = "options" if self.data.options is None else "prompt"
                 raise ValueError(
                     f"data.{missing}: multiple choice needs the columns data.prompt, data.options "
                     "and data.response (which names the right option)"
-                )
-            if self.evaluation.rouge_examples:
-                raise ValueError(
-                    "evaluation.rouge_examples: Rouge-L is of written responses, multiple choice "
-                    "has none; leave it out"
                 )
             return
         for key in ("options", "option_pattern"):

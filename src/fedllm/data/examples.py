@@ -211,7 +211,7 @@ class Encoder:
         """Columns that every source must have."""
         if self.data.prompt is not None and self.data.response is not None:
             listed = () if self.data.options is None else (self.data.options,)
-            return (self.data.prompt, self.data.response, *listed)
+            return tuple(dict.fromkeys((self.data.prompt, self.data.response, *listed)))
         if self.task.kind == "classification":
             return (self.data.text, self.data.label)
         return (self.data.text,)

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench study results clean
+.PHONY: demo test lint bench study paper knowledge results clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,10 +27,18 @@ bench: $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/speed.py --out benchmarks/RESULTS.md
 
-study: $(STAMP)
+study: paper knowledge
+
+paper: $(STAMP)
 	for grid in rank samples bounds public; do \
 	  $(BIN)/fedllm sweep experiments/study/$$grid.toml --out runs/study/$$grid --jobs 2 --resume \
 	  && $(BIN)/python scripts/study.py runs/study docs/study || exit 1; done
+
+knowledge: $(STAMP)
+	for grid in depth selection forms features pruning feedback clusters fedmd fedkd alone; do \
+	  $(BIN)/fedllm sweep experiments/knowledge/$$grid.toml --out runs/knowledge/$$grid --jobs 2 --resume \
+	  && $(BIN)/python scripts/knowledge.py runs/knowledge docs/knowledge-study || exit 1; done
+	$(BIN)/python scripts/mutual.py runs/mutual docs/mutual
 
 results: $(STAMP)
 	$(BIN)/fedllm compare experiments/banking77-minilm.toml --out runs/banking77-minilm --resume

@@ -72,7 +72,7 @@ class Faulty:
 
     def _break(self, client: str, answer: bytes) -> Any:
         kind = str(self.rng.choice(KINDS))
-        message, _, _ = decode(answer)
+        message, _, _ = decode(answer, {})
         if kind == "replayed" and client not in self._before:
             kind = "cut"
         if kind == "NaN" and not message.tensors:

@@ -198,7 +198,7 @@ def main() -> None:
     )
     print(text[-1], flush=True)
     if arguments.accuracy:
-        text += ["", f"Accuracy after {ROUNDS} rounds (`make study`):", "", *accuracy(spec)]
+        text += ["", f"Accuracy after {ROUNDS} rounds (`make results`):", "", *accuracy(spec)]
     if arguments.out:
         arguments.out.write_text("\n".join(text) + "\n")
 

@@ -90,6 +90,12 @@ MEANING = {
     "public.source": "a source of its own; without it the rows are cut from `simulation.source`",
     "public.size": "number of public rows; with `source`, 0 means all",
     "public.rows_per_round": "rows drawn each round; without it all",
+    "public.choose": "which rows those are: `random`; the highest `entropy` of the server's "
+                     "prediction, or `el2n`, its distance from the label; `coverage`, each the "
+                     "farthest from those before it; `disagreement` of the clients; `feedback`, by "
+                     "the clients' mix of labels",
+    "public.feedback_epsilon": "Laplace noise of scale 2 / epsilon on each count of a client's "
+                               "labels, drawn from the run's seed; without it none",
     "public.labelled": "the public set's labels (generation: its tokens) are used as targets, too",
     "public.ship": "the server sends the set to each client once (step b0), counted; false: "
                    "clients have it beforehand",
@@ -146,8 +152,8 @@ MEANING = {
     "logits.label_share": "share of the labels' cross-entropy in the loss of distillation; left "
     "out: added whole",
     "logits.server_model": "false: clients get the averaged logits themselves",
-    "logits.client_models": "models of the clients, taken in turn; all must give equally many "
-    "logits, but for top-k knowledge of text",
+    "logits.client_models": "models of the clients, taken in turn, or a table of clients' names "
+    "and models; all must give equally many logits, but for top-k knowledge of text",
     "logits.epochs": "passes over the round's public rows, at the server and at each client",
     "logits.batch_size": "rows in a batch of distillation; without it `training.batch_size`",
     "logits.rate": "rate of distillation; without it `training.rate`",

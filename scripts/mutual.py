@@ -30,6 +30,7 @@ SHARED = Path(os.environ.get("FEDLLM_SHARED", Path(__file__).parents[2] / "share
 SEEDS = (0, 1, 42)
 LONGEST = 80  # letters of a row: babyllama reads one at a time
 ROWS = 1600  # for clients, public set and evaluation; all before them trains the third model
+RATE = 0.0005
 LARGE, STORIES = (str(SHARED / "models" / name) for name in ("babyllama-0.9m", "stories-260k"))
 
 
@@ -95,7 +96,7 @@ def spec(work: Path, model: str, strategy: dict[str, Any], seed: int) -> ex.Expe
         "data": {"text": "text", "max_tokens": 96},
         "public": {"size": 200, "labelled": True},
         "tunables": {"kind": "lora", "rank": 8, "alpha": 16},
-        "training": {"batch_size": 8, "rate": 0.002},
+        "training": {"batch_size": 8, "rate": RATE},
         "simulation": {"source": str(work / "train.csv"), "test": str(work / "test.csv"),
                        "clients": 3, "sizes": [400, 300, 100]},
         "evaluation": {"every": 4},
@@ -115,8 +116,13 @@ def untrained(work: Path, model: str, seed: int) -> float:
     return float(federation.untrained(experiment, seed, prepared)["bits_per_byte"])
 
 
-def measured(work: Path, small: str) -> tuple[dict[str, dict[str, list[float]]], list[float]]:
-    """{line: {model: one value a seed}}, and bytes that a client sent and got in a round."""
+def measured(
+    work: Path, small: str
+) -> tuple[dict[str, dict[str, list[float]]], list[float], list[float]]:
+    """
+    {line: {model: one value a seed}}, bytes that a client sent and got in a round, and shares of
+    held-out tokens that a tokenizer does not know.
+    """
     models = [STORIES, STORIES, small]
     mutual = {
         "kind": "logits", "form": "top-k", "knowledge": "least-loss", "selective": True,
@@ -130,6 +136,7 @@ def measured(work: Path, small: str) -> tuple[dict[str, dict[str, list[float]]],
     }
     found: dict[str, dict[str, list[float]]] = {}
     moved: list[float] = []
+    unknown: list[float] = []
 
     def add(line: str, who: str, value: float) -> None:
         found.setdefault(line, {}).setdefault(who, []).append(value)
@@ -139,6 +146,8 @@ def measured(work: Path, small: str) -> tuple[dict[str, dict[str, list[float]]],
             name = re.sub(r"\W+", "-", line)
             summary = run(work, name, spec(work, LARGE, strategy, seed))
             add(line, "server", summary["metrics"]["bits_per_byte"])
+            every = [summary["metrics"], *summary["clients"].values()]
+            unknown += [one["unknown_rate"] for one in every]
             for client, metrics in summary["clients"].items():
                 add(line, client, metrics["bits_per_byte"])
             if line == next(iter(variants)):
@@ -156,10 +165,12 @@ def measured(work: Path, small: str) -> tuple[dict[str, dict[str, list[float]]],
         whole = run(work, "centralized", spec(work, LARGE, {"kind": "centralized"}, seed))
         add("centralized", "server", whole["metrics"]["bits_per_byte"])
         print(seed, {k: {w: v[-1] for w, v in x.items()} for k, x in found.items()}, flush=True)
-    return found, moved
+    return found, moved, unknown
 
 
-def page(found: dict[str, dict[str, list[float]]], moved: list[float]) -> str:
+def page(
+    found: dict[str, dict[str, list[float]]], moved: list[float], unknown: list[float]
+) -> str:  # fmt: skip
     """README.md of the comparison, with its verdicts."""
     who = ["server", "client-1", "client-2", "client-3"]
 
@@ -193,7 +204,9 @@ def page(found: dict[str, dict[str, list[float]]], moved: list[float]) -> str:
         f"A client sent and got {size(statistics.fmean(moved))} a round. Clients 1 and 2: "
         "stories-260k, 400 and 300 rows; client 3: the small GPT-2 type, 100 rows. LoRA r = 8, "
         "four rounds, 200 public rows twice a round. Without knowledge: the same steps on the same "
-        "texts, with the teacher's share of the loss at 0.", "",
+        "texts, with the teacher's share of the loss at 0: for the server that is the public set "
+        f"alone. Tokens unknown to a tokenizer: at most {max(unknown):.2%}. The rate, {RATE:g}, is "
+        "the best for FedMKT of 0.00025, 0.0005 and 0.001 on other held-out rows with seed 7.", "",
         markdown(["claim", "here", "by"], verdicts), "",
     ])  # fmt: skip
 
@@ -209,10 +222,10 @@ def main() -> None:
     before, rest = rows[:-ROWS], rows[-ROWS:]
     table(work / "train.csv", rest[:1200])
     table(work / "test.csv", rest[1200:])
-    found, moved = measured(work, third(work / "small-gpt2", before))
+    found, moved, unknown = measured(work, third(work / "small-gpt2", before))
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / "README.md").write_text(page(found, moved))
+    (out / "README.md").write_text(page(found, moved, unknown))
 
 
 if __name__ == "__main__":

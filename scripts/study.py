@@ -372,7 +372,7 @@ def page(found: dict[str, list[Point]], bounds: dict[str, float]) -> str:
     seeds = {grid: list(listed[0].seeds) for grid, listed in found.items()}
     lines = [
         "# The paper's case study, at CPU scale", "",
-        "Made by `make study` (`fedllm sweep experiments/study/<grid>.toml --jobs 2`, then",
+        "Made by `make paper` (`fedllm sweep experiments/study/<grid>.toml --jobs 2`, then",
         "`scripts/study.py`): MiniLM (22.7 M, real weights), Banking77, three clients, LoRA on",
         "query and value of the last two of six blocks, 6 rounds instead of 100. The same study at",
         "the paper's own size is `experiments/paper/`. Costs are of a client and round, evaluation",
@@ -408,7 +408,7 @@ def main() -> None:
     found = {grid: points(runs / grid, key) for grid, (key, *_) in GRIDS.items()}
     found = {grid: listed for grid, listed in found.items() if listed}
     if not found:
-        raise FedllmError(f"{runs}: no finished runs here; 'make study' makes them")
+        raise FedllmError(f"{runs}: no finished runs here; 'make paper' makes them")
     bounds = {}
     for path in (runs / "bounds").glob("strategy=*"):
         values = [read(one.parent)["metrics"]["accuracy"] for one in path.glob("*/summary.json")]

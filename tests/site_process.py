@@ -61,7 +61,7 @@ def otherwise(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[b
     """A whole frame with other tensors in it."""
 
     def changed(frame: bytes) -> bytes:
-        message, _, _ = decode(frame)
+        message, _, _ = decode(frame, {})
         tensors = change(dict(message.tensors))
         roles = of_role(next(iter(message.roles.values())), tensors)
         return encode(replace(message, tensors=tensors, roles=roles), {})[0]

@@ -26,7 +26,7 @@ PAGES = sorted(
                  ("README", "CONTRIBUTING", "CHANGELOG"))]
     if page.exists()
 )  # fmt: skip
-TARGETS = {"demo", "test", "lint", "bench", "study", "results"}
+TARGETS = {"demo", "test", "lint", "bench", "study", "paper", "knowledge", "results"}
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 

@@ -140,6 +140,40 @@ def test_planted_groups_are_found(seed: int, sizes: tuple[int, int]) -> None:
     assert len(rules.clusters(rules.divergence(some), 99)) == len(planted)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_a_clusters_consensus_teaches_both_groups_better_than_one_for_all(seed: int) -> None:
+    """K-13: clients of two groups whose labels are swapped, and linear students of each."""
+    draw = torch.Generator().manual_seed(seed)
+    x, unseen = (torch.randn(n, 8, generator=draw) for n in (200, 400))
+    truth = torch.randn(8, 4, generator=draw)
+    labels = [(x @ truth).argmax(-1), 3 - (x @ truth).argmax(-1)]
+    goals = [(unseen @ truth).argmax(-1), 3 - (unseen @ truth).argmax(-1)]
+    groups = [0, 1, 0, 1, 0]
+    said = {
+        f"c{k}": 4 * torch.nn.functional.one_hot(labels[group], 4)
+        + torch.randn(200, 4, generator=draw)
+        for k, group in enumerate(groups)
+    }
+    heard = Voices.of(said, dict.fromkeys(said, 1.0))
+    found = rules.clusters(rules.divergence(heard), 2)
+    assert found == [[0, 2, 4], [1, 3]]
+
+    def taught(clients: list[int], goal: torch.Tensor) -> float:
+        """Accuracy on unseen rows of who follows the consensus of these clients."""
+        some = Voices.of({f"c{k}": said[f"c{k}"] for k in clients}, dict.fromkeys(said, 1.0))
+        follow = Distillation(rules.combined(some, KNOWLEDGE["uniform"](some, 1.0)), 1.0, "kl")
+        student = torch.zeros(8, 4, requires_grad=True)
+        for _ in range(60):
+            loss = follow(x @ student, labels[0], torch.arange(200)).mean()
+            (slope,) = torch.autograd.grad(loss, student)
+            student = (student - slope).detach().requires_grad_()
+        return float(((unseen @ student).argmax(-1) == goal).float().mean())
+
+    for group, clients in enumerate(found):
+        own, whole = taught(clients, goals[group]), taught(list(range(5)), goals[group])
+        assert own > 0.8 and own > whole + 0.05, (group, own, whole)
+
+
 def test_goals_are_labels_or_next_tokens() -> None:
     none = np.zeros(0, np.int64)
     text = Examples(np.array([7, 8, 9, 4, 5], np.int32), np.array([3, 5]), none,

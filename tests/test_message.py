@@ -49,7 +49,7 @@ def test_what_is_packed_comes_out(
     message = Message("a1", "train", tensors, dict.fromkeys(tensors, role), facts, "client-1",
                       "7", 2, "run", round, "base")  # fmt: skip
     frame, _, _ = encode(message, {})
-    found, wire, _ = decode(frame)
+    found, wire, _ = decode(frame, {})
     assert found.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found.tensors[name].dtype == tensor.dtype
@@ -169,7 +169,7 @@ def test_every_codec_decodes_what_it_encodes(name: str) -> None:
     assert found.dtype == torch.float32
     assert bool(((found - x).abs() <= ERROR[name](x)).all())
     message = Message("c2", tensors={"h": x}, roles={"h": Role.ACTIVATION})
-    again, _, _ = decode(encode(message, {"activation": name})[0])
+    again, _, _ = decode(encode(message, {"activation": name})[0], {"activation": name})
     assert torch.equal(again.tensors["h"], found)
 
 
@@ -207,7 +207,18 @@ def test_parts_that_do_not_fit_are_refused() -> None:
             Message("b3", tensors=tensors, roles=of_role(Role.LOGIT, tensors)), {"h": name}
         )
         with pytest.raises(FedllmError, match="'h'"):
-            decode(frame)
+            decode(frame, {"logit": name})
+
+
+def test_who_sends_does_not_choose_the_codec() -> None:
+    """A codec of the experiment on another role's tensor, or one where none was asked for."""
+    x = torch.ones(4, 4)
+    frame, _, _ = encode(Message("b3", tensors={"z": x}, roles={"z": Role.LOGIT}),
+                         {"logit": "lowrank-2"})  # fmt: skip
+    for codecs in ({}, {"logit": "int8"}, {"parameter": "lowrank-2"}):
+        with pytest.raises(FedllmError, match=r"'z' came with codec 'lowrank-2'; exchange.codecs"):
+            decode(frame, codecs)
+    assert torch.allclose(decode(frame, {"logit": "lowrank-2"})[0].tensors["z"], x)
 
 
 @pytest.mark.parametrize("name", ["lowrank", "lowrank-0", "lowrank-x", "fp15", "topk"])
@@ -228,7 +239,7 @@ def test_an_unknown_codec_is_refused() -> None:
         {"h": "zip"},
     )
     with pytest.raises(FedllmError, match="zip"):
-        decode(frame)
+        decode(frame, {"activation": "zip"})
 
 
 DTYPES = [torch.int64, torch.float64, torch.float32, torch.int32, torch.bfloat16, torch.float16,

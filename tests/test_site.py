@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedllm import experiment as ex
-from fedllm.across import Called, hosted, order_of
+from fedllm.across import Called, hosted, order_of, server_says
 from fedllm.errors import FedllmError, Refusal
 from fedllm.exchange import encode
 from fedllm.flower import Caller, discreet
@@ -16,8 +16,9 @@ from fedllm.message import Message, unpack
 from fedllm.remote import Distant
 from fedllm.site import Hosted
 from fedllm.transport.session import Sessions
+from shared import needs_shared
 from sites import Sites
-from small import experiment
+from small import GPT2, LLAMA, experiment
 
 
 @pytest.fixture
@@ -50,8 +51,24 @@ def test_states_are_read_from_its_own_folder_only(sites: Sites, name: str) -> No
 
 def test_only_a_simulation_reads_other_rows(sites: Sites) -> None:
     strategy = ex.Logits(client_models=("builtin",))
-    with pytest.raises(FedllmError, match="client_models"):
+    with pytest.raises(FedllmError, match="client_models: sites have no turn"):
         half(sites, strategy=strategy)
+
+
+@needs_shared
+def test_a_site_with_a_model_of_its_own_says_which(sites: Sites) -> None:
+    """Its hash is compared with what the server has under that site's name."""
+    strategy = ex.Logits(client_models={"client-1": LLAMA, "client-2": GPT2})
+    mine = half(sites, strategy=strategy)
+    ours, bases = server_says(sites.spec.replace(strategy=strategy))
+    assert mine.facts["model"] == bases["client-1"] != ours["base"] == mine.facts["base"]
+    server = Distant(ours, bases)
+    assert server.refuse("client-1", mine.facts) == ""
+    assert "has model" in server.refuse("client-2", mine.facts)
+    assert "has model" in server.refuse("client-3", mine.facts)  # which has the server's
+    assert ex.Logits().models(sites.names) == {}
+    with pytest.raises(FedllmError, match=r"client_models.klient-1: no such .*'client-1'"):
+        ex.Logits(client_models={"klient-1": LLAMA}).models(sites.names)
 
 
 def test_errors_that_may_hold_a_row_stay_at_the_site(
@@ -72,7 +89,7 @@ class Server:
     def __init__(self, site: Hosted, run: str, base: str) -> None:
         self.site, self.round, self.run, self.base = site, 0, run, base
         self.late = False
-        self.distant = Distant({})
+        self.distant = Distant({}, {})
         self.distant.exchange = self  # type: ignore[assignment]
         self.transport = self
 

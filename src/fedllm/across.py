@@ -129,6 +129,8 @@ def lead(
         order = order_of(experiment, seed, folder)
         call(name, {**order, "address": sessions.address, "token": token})
 
+    if isinstance(experiment.strategy, ex.Logits):
+        experiment.strategy.models(names)  # that there are no others in its table
     remote = Called(sessions, names, bring, seconds, lost)
     return lead_over(remote, experiment, seed, folder, resume=resume, listener=listener)
 
@@ -144,12 +146,13 @@ def lead_over(
     )  # fmt: skip
 
 
-def server_says(experiment: ex.Experiment) -> Facts:
-    """What the server would compare with what sites say of themselves; nothing is run."""
+def server_says(experiment: ex.Experiment) -> tuple[Facts, Mapping[str, str]]:
+    """What the server would compare with what sites say of themselves (``Distant``)."""
     seed = experiment.seeds[0]
     prepared = prepare_server(experiment, seed)
-    model = federation.halve(experiment, seed, prepared, Silent()).model
-    return hello(model.base_hash, prepared.labels, federation.copied(experiment, prepared))
+    half = federation.halve(experiment, seed, prepared, Silent())
+    public = federation.copied(experiment, prepared)
+    return hello(half.model.base_hash, prepared.labels, public), half.bases
 
 
 def hosted(order: Mapping[str, Any], site: ex.SiteFile, folder: Path) -> Hosted:

@@ -59,12 +59,13 @@ def save(folder: Path, committed: Committed) -> None:
     aside = folder / f".{target.name}.part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    server = {"shared": committed.server.shared, "optimizer": committed.server.optimizer}
-    server |= {f"client:{name}": group for name, group in committed.server.clients.items()}
+    state = committed.server
+    server = {"shared": state.shared, "optimizer": state.optimizer, "public": state.public}
+    server |= {f"client:{name}": group for name, group in state.clients.items()}
     data = safetensors.torch.save(_flat(server))
     _write(aside / "server.safetensors", data)
     facts = {
-        "round": committed.round, "facts": committed.server.facts,
+        "round": committed.round, "facts": state.facts,
         "history": committed.history, "clients": committed.clients,
         "hash": hashlib.sha256(data).hexdigest(),
     }  # fmt: skip
@@ -130,7 +131,7 @@ def _load(path: Path, folder: Path, states_here: bool) -> Committed:
         state = ServerState(
             server.get("shared", {}), server.get("optimizer", {}),
             {k.removeprefix("client:"): v for k, v in server.items() if k.startswith("client:")},
-            facts["facts"],
+            facts["facts"], server.get("public", {}),
         )  # fmt: skip
         return Committed(int(facts["round"]), state, clients, facts["history"])
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:

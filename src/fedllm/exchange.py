@@ -50,8 +50,15 @@ def encode(message: Message, codecs: Mapping[str, str]) -> tuple[bytes, Message,
     return pack(wire, used), wire, used
 
 
-def decode(frame: Frame) -> tuple[Message, Message, dict[str, str]]:
-    """Frame -> (message, the message as it travelled, codecs by tensor)."""
+def decode(
+    frame: Frame, codecs: Mapping[str, str]
+) -> tuple[Message, Message, dict[str, str]]:  # fmt: skip
+    """
+    Frame -> (message, the message as it travelled, codecs by tensor).
+
+    Raises FedllmError for what is damaged, and for another codec than its role's: whoever sends
+    does not choose what is computed here.
+    """
     wire, used = unpack(frame)
     tensors = {n: t for n, t in wire.tensors.items() if "//" not in n}
     roles = {n: r for n, r in wire.roles.items() if "//" not in n}
@@ -59,6 +66,12 @@ def decode(frame: Frame) -> tuple[Message, Message, dict[str, str]]:
         parts = {
             n.rpartition("//")[2]: t for n, t in wire.tensors.items() if n.startswith(f"{name}//")
         }
+        for role in {r.value for n, r in wire.roles.items() if n.startswith(f"{name}//")}:
+            if codec != codecs.get(role):
+                raise FedllmError(
+                    f"frame: {name!r} came with codec {codec!r}; exchange.codecs gives role "
+                    f"{role!r} {codecs.get(role, 'none')!r}"
+                )
         try:
             tensors[name] = codec_of(codec).decode(parts)
         except FedllmError as error:
@@ -262,7 +275,7 @@ class Exchange:
         if isinstance(answer, Failure):
             return replace(answer, step=answer.step or request.step)
         try:
-            reply, wire, used = decode(answer)
+            reply, wire, used = decode(answer, self.codecs)
         except FedllmError as error:
             self.ledger.add(
                 Row(self.run, self.round, request.step, client, "up", role="damaged",
@@ -337,7 +350,7 @@ class Endpoint:
 
     def __call__(self, frames: Mapping[str, Frame]) -> dict[str, bytes]:
         """Answer every client's frame; a failure travels as a frame, too."""
-        requests = {client: decode(frame)[0] for client, frame in frames.items()}
+        requests = {client: decode(frame, self.codecs)[0] for client, frame in frames.items()}
         answers = {}
         for client, reply in self.handle(requests).items():
             request = requests[client]

@@ -98,17 +98,47 @@ class Data(Section):
         return self
 
 
+LOOKING = ("entropy", "el2n", "coverage")  # choices of rows for which the server's model looks
+
+
 class Public(Section):
     """
     The public set of the logits strategy: ``size`` rows cut from the training source before
     the clients get theirs, or all (at most ``size``, if given) of a ``source`` of its own.
+
+    ``choose`` says which ``rows_per_round`` a round uses: a draw at random; those on which the
+    server's model is least sure (``entropy``) or errs most (``el2n``), or that cover all its
+    predictions (``coverage``); those on which clients disagreed; or a draw with the clients' mix
+    of labels, of which each tells its own once (``feedback``), with noise of
+    ``feedback_epsilon`` where that is given.
     """
 
     source: str | None = None
     size: Count = 0
     rows_per_round: Positive | None = None
+    choose: Literal[
+        "random", "entropy", "el2n", "coverage", "disagreement", "feedback"
+    ] = "random"  # fmt: skip
+    feedback_epsilon: Rate | None = None
     labelled: bool = False
     ship: bool = False
+
+    @model_validator(mode="after")
+    def _chosen(self) -> Self:
+        if self.choose != "random" and self.rows_per_round is None:
+            raise ValueError(
+                f"choose = {self.choose!r}: without rows_per_round every round uses all rows; set "
+                "it, or take 'random'"
+            )
+        if self.choose in ("el2n", "feedback") and not self.labelled:
+            raise ValueError(
+                f"choose = {self.choose!r}: needs the public rows' labels; set labelled = true"
+            )
+        if self.feedback_epsilon is not None and self.choose != "feedback":
+            raise ValueError(
+                f"feedback_epsilon: only with choose = 'feedback' (here {self.choose!r})"
+            )
+        return self
 
 
 Head = Literal["shared", "personal", "frozen"]
@@ -206,7 +236,8 @@ class Logits(Section):
     Clients exchange logits of the public set (steps b1 to b8).
 
     ``server_model = false`` is FedMD (arXiv 1910.03581): no model at the server.
-    ``client_models`` are taken in turn by the clients; none means the experiment's model.
+    ``client_models`` are taken in turn by the clients, or a table says whose is which, as it must
+    across machines; who has none there has the experiment's model.
     ``rate`` is the rate of distillation; none means the training rate.
 
     ``form`` is what is said of each public unit: all logits, softened labels, the ``top_k``
@@ -235,10 +266,26 @@ class Logits(Section):
     clusters: Positive = 1
     label_share: Annotated[float, Field(ge=0, le=1)] | None = None
     server_model: bool = True
-    client_models: tuple[str, ...] = ()
+    client_models: tuple[str, ...] | dict[str, str] = ()
     epochs: Positive = 1
     batch_size: Positive | None = None
     rate: Rate | None = None
+
+    def models(self, clients: Sequence[str]) -> dict[str, str]:
+        """
+        Names of the models of those of these clients who have their own.
+
+        Raises FedllmError for a table with others in it.
+        """
+        named = self.client_models
+        if isinstance(named, dict):
+            for name in named:
+                if name not in clients:
+                    raise FedllmError(
+                        f"strategy.client_models.{name}: no such client; {nearest(name, clients)}"
+                    )
+            return dict(named)
+        return {name: named[k % len(named)] for k, name in enumerate(clients)} if named else {}
 
 
 class Activations(Section):
@@ -557,6 +604,16 @@ class Experiment(Section):
                 f"{where}.knowledge = {spec.knowledge!r}: a loss needs targets; set "
                 "public.labelled = true, or take 'confidence' or 'entropy'"
             )
+        if self.public.choose in LOOKING and not spec.server_model:
+            raise ValueError(
+                f"public.choose = {self.public.choose!r}: the server's model looks at the rows; "
+                f"set {where}.server_model = true, or take 'disagreement', 'feedback' or 'random'"
+            )
+        if self.public.choose == "feedback" and self.task.kind != "classification":
+            raise ValueError(
+                "public.choose = 'feedback': compares classes; expected task.kind = "
+                f"'classification' (here {self.task.kind!r})"
+            )
         if spec.selective and not (by_loss and spec.server_model and spec.clusters == 1):
             raise ValueError(
                 f"{where}.selective: compares losses with the server's model; expected knowledge = "
@@ -619,6 +676,8 @@ class Allow(Section):
             return "labels may not leave this site (allow.labels): set strategy.labels = 'client'"
         if isinstance(spec, Logits) and not self.logits:
             return "logits may not leave this site (allow.logits)"
+        if isinstance(spec, Logits) and experiment.public.choose == "feedback" and not self.labels:
+            return "label counts may not leave this site (allow.labels): public.choose = 'feedback'"
         return ""
 
 
@@ -899,8 +958,13 @@ def _resolve_all(values: dict[str, Any], folder: Path) -> None:
             if isinstance(axis, dict) and isinstance(axis.get(name), list | tuple):
                 axis[name] = [_named(value, folder) for value in axis[name]]
     for strategy in (values.get("strategy"), isinstance(compare, dict) and compare.get("logits")):
-        if isinstance(strategy, dict) and isinstance(strategy.get("client_models"), list):
-            strategy["client_models"] = [_path(item, folder) for item in strategy["client_models"]]
+        if not isinstance(strategy, dict):
+            continue
+        found = strategy.get("client_models")
+        if isinstance(found, list):
+            strategy["client_models"] = [_path(item, folder) for item in found]
+        elif isinstance(found, dict):
+            strategy["client_models"] = {k: _path(item, folder) for k, item in found.items()}
 
 
 def _resolve(section: Any, key: str, folder: Path) -> None:

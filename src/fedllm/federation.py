@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,6 +92,7 @@ class Prepared:
     longest: int
     notes: tuple[str, ...]
     measured: Measured = field(default_factory=Measured)
+    divided: Callable[[Sequence[str]], Division] | None = None  # as for ``prepare``
 
 
 def positions(experiment: ex.Experiment, name: str | None = None) -> int:
@@ -139,7 +140,7 @@ def prepare(
         )
     return Prepared(
         clients, public, public_labelled, division.labels, tokenizer, encode.max_tokens,
-        tuple(notes),
+        tuple(notes), divided=divided,
     )  # fmt: skip
 
 
@@ -205,7 +206,9 @@ def assemble(
         clients = worker
     else:
         transport = remote
-        clients = Distant(hello(model.base_hash, prepared.labels, copied(experiment, prepared)))
+        clients = Distant(
+            hello(model.base_hash, prepared.labels, copied(experiment, prepared)), half.bases
+        )
     exchange = Exchange(
         transport, ledger, run, model.base_hash, spec.codecs,  # type: ignore[arg-type]
         spec.minimum_replies, listener.step, prepared.measured, clock, spec.deadline, listener.note,
@@ -219,12 +222,21 @@ def assemble(
 
 @dataclass(frozen=True)
 class Half:
-    """What the server and a site both build from an experiment."""
+    """
+    What the server and a site both build from an experiment.
+
+    others: models of clients who have their own, and the rows in its tokens, by client.
+    """
 
     model: LanguageModel
-    others: list[tuple[LanguageModel, Prepared]]
+    others: dict[str, tuple[LanguageModel, Prepared]]
     setup: Setup
     strategy: Strategy
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """Hashes of the clients' own models."""
+        return {name: model.base_hash for name, (model, _) in self.others.items()}
 
 
 def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Listener) -> Half:
@@ -264,11 +276,11 @@ def host(
     model, others, setup = half.model, half.others, half.setup
     sites = {}
     states, listen, clock = States(), listener.step, clock_of(model.device)
-    for number, name in enumerate(prepared.clients):
+    for name in prepared.clients:
         meter = Meter(prepared.measured, name, listen, clock)
         site = Site(name, model, prepared.clients, setup, meter, prepared.public, states=states)
-        if others:
-            own, own_data = others[number % len(others)]
+        if name in others:
+            own, own_data = others[name]
             site = replace(
                 site, model=own, data=own_data.clients, public=own_data.public,
                 server_model=model, server_data=prepared.clients,
@@ -280,30 +292,33 @@ def host(
             f"frozen base without dropout (here tunables.kind = {experiment.tunables.kind!r}, "
             f"training.base_dropout = {str(experiment.training.base_dropout).lower()})"
         )
-    tokenizers = {model.name: prepared.tokenizer, **{m.name: d.tokenizer for m, d in others}}
+    every = [(model, prepared), *others.values()]
+    tokenizers = {one.name: theirs.tokenizer for one, theirs in every}
     return Worker(sites, half.strategy, run, model.base_hash, tokenizers, states)
 
 
 def _uses(
     experiment: ex.Experiment, prepared: Prepared, model: LanguageModel,
-    others: Sequence[tuple[LanguageModel, Prepared]],
+    others: Mapping[str, tuple[LanguageModel, Prepared]],
 ) -> list[tuple[LanguageModel, Iterator[Use]]]:  # fmt: skip
     """What each model will see: its clients' rows, everybody's test rows, public rows."""
     rounds, drawn = experiment.rounds, experiment.public.rows_per_round
 
-    def seen(data: Prepared, names: Sequence[str], train: bool = True) -> Iterator[Use]:
+    def seen(data: Prepared, names: Sequence[str], mine: Container[str]) -> Iterator[Use]:
         for name in names:
             own = data.clients[name]
             yield Use(own.test, len(own.test))
-            if train:
+            if name in mine:
                 yield Use(own.train, len(own.train))
         if data.public is not None:
             yield Use(data.public, rounds * (drawn or len(data.public)))
 
-    names = list(prepared.clients)
-    found = [(model, seen(prepared, names, train=not others))]
-    for first, (own, theirs) in enumerate(others):
-        found.append((own, seen(theirs, names[first :: len(others)])))
+    here = list(prepared.clients)
+    found = [(model, seen(prepared, here, {name for name in here if name not in others}))]
+    for own, theirs in {id(model): (model, data) for model, data in others.values()}.values():
+        names = [name for name in here if name in others and others[name][0] is own]
+        if names:
+            found.append((own, seen(theirs, names, names)))
     return found
 
 
@@ -326,16 +341,21 @@ def _client_models(
     server: LanguageModel,
     prepared: Prepared,
     listener: Listener,
-) -> list[tuple[LanguageModel, Prepared]]:
+) -> dict[str, tuple[LanguageModel, Prepared]]:
     """Clients' own architectures with the rows in their tokens, where the strategy has them."""
     spec = experiment.strategy
-    if not isinstance(spec, ex.Logits) or not spec.client_models:
-        return []
+    if not isinstance(spec, ex.Logits):
+        return {}
+    table, here = spec.client_models, list(prepared.clients)
+    if prepared.divided is not None and isinstance(table, dict):
+        names = {k: table[k] for k in table if k in here or not here}  # its own; a server: all
+    else:
+        names = spec.models(here)
     loaded = {}
     vocabulary = prepared.tokenizer.get_vocab()
-    for name in dict.fromkeys(spec.client_models):
+    for name in dict.fromkeys(names.values()):
         model = base_model(name)
-        theirs = prepare(experiment, seed, name)  # the same rows, in its own tokens
+        theirs = prepare(experiment, seed, name, prepared.divided)  # the same rows, its tokens
         for note in theirs.notes:
             if note not in prepared.notes:
                 listener.note(f"{name}: {note}")
@@ -355,12 +375,12 @@ def _client_models(
                     "the public set travels as tokens"
                 )
         loaded[name] = (model, theirs)
-    return [loaded[name] for name in spec.client_models]
+    return {client: loaded[name] for client, name in names.items()}
 
 
 def _interpreters(
     experiment: ex.Experiment, server: LanguageModel, prepared: Prepared,
-    others: Sequence[tuple[LanguageModel, Prepared]], listener: Listener,
+    others: Mapping[str, tuple[LanguageModel, Prepared]], listener: Listener,
 ) -> dict[str, tuple[Interpreter, Interpreter]]:  # fmt: skip
     """To the server and back, for each client whose model reads other tokens."""
     if experiment.task.kind == "classification" or not others:
@@ -369,7 +389,7 @@ def _interpreters(
     assert public is not None
     ours = (prepared.tokenizer, public, server.outputs)
     made: dict[int, tuple[Interpreter, Interpreter]] = {}
-    for model, data in others:
+    for model, data in others.values():
         same = data.tokenizer.get_vocab() == vocabulary and model.outputs == server.outputs
         if id(model) in made or same:
             continue
@@ -382,12 +402,7 @@ def _interpreters(
             f"{model.name}: {up:.0f} % of the server's public tokens take its knowledge, "
             f"{down:.0f} % of its own the server's; all others learn their own token"
         )
-    found = {}
-    for number, name in enumerate(prepared.clients):
-        model, _ = others[number % len(others)]
-        if id(model) in made:
-            found[name] = made[id(model)]
-    return found
+    return {name: made[id(model)] for name, (model, _) in others.items() if id(model) in made}
 
 
 def run_id(experiment: ex.Experiment, seed: int) -> str:

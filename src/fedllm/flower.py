@@ -195,8 +195,8 @@ def _check(
     grid: Grid, federation: ex.FederationFile, keys: Keys | None, experiment: ex.Experiment
 ) -> dict[str, Any]:
     """Ask all sites what they would say; nothing is trained."""
-    ours = server_says(experiment)
-    found, reasons = _carried(grid, federation, keys, experiment).hello(Distant(ours).refuse)
+    ours, bases = server_says(experiment)
+    found, reasons = _carried(grid, federation, keys, experiment).hello(Distant(ours, bases).refuse)
     missing = [f"{name} did not answer" for name in federation.sites if name not in found]
     return {"server": ours, "sites": found, "refused": [*reasons, *missing]}
 

@@ -27,15 +27,17 @@ class Remote(Transport, Protocol):
         ...
 
 
-def hello(base: str, labels: Sequence[str], public: str) -> Facts:
+def hello(base: str, labels: Sequence[str], public: str, own: str = "") -> Facts:
     """
     What both sides must agree on before anything is trained.
 
     base: hash of the frozen weights.  labels: in the order of their numbers.  public: hash of the
-    public set, where every site has a copy of its own.
+    public set, where every site has a copy of its own.  own: hash of the site's own model, where
+    it is another.
     """
     return {
         "version": fedllm.__version__, "base": base, "labels": "|".join(labels), "public": public,
+        "model": own,
     }  # fmt: skip
 
 
@@ -46,10 +48,10 @@ class Distant:
     A site that comes anew is told which of its states the last committed round had.
     """
 
-    def __init__(self, ours: Facts) -> None:
-        """ours: what the server would say of itself (``hello``)."""
+    def __init__(self, ours: Facts, bases: Mapping[str, str]) -> None:
+        """ours: what the server would say of itself (``hello``).  bases: of sites' own models."""
         self.exchange: Exchange
-        self._ours = ours
+        self._ours, self._bases = ours, bases
         self._names: dict[str, str] = {}
         self._before: dict[str, str] | None = {}  # of the checkpoint before; None: not known
 
@@ -85,8 +87,8 @@ class Distant:
         return {"state": self._names.get(name, "")}
 
     def refuse(self, name: str, facts: Facts) -> str:
-        """Why a site is turned away: another version, base, list of labels, or public set."""
-        for key, value in self._ours.items():
+        """Why a site is turned away: another version, model, list of labels, or public set."""
+        for key, value in {**self._ours, "model": self._bases.get(name, "")}.items():
             if facts.get(key) != value:
                 return f"site {name!r} has {key} {facts.get(key)!r}, the server {value!r}"
         return ""

@@ -55,8 +55,9 @@ class Hosted:
         self._worker.states.attach(self._states)
         self._audit, self._paused = folder / "audit.jsonl", folder / "paused.json"
         self.facts: Facts = hello(
-            half.model.base_hash, prepared.labels, federation.copied(experiment, prepared)
-        )
+            half.model.base_hash, prepared.labels, federation.copied(experiment, prepared),
+            half.bases.get(site.name, ""),
+        )  # fmt: skip
 
     @contextmanager
     def alone(self) -> Iterator[None]:

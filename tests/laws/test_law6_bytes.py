@@ -10,6 +10,8 @@ from fedllm.costs import ClientSize, PublicSize
 from fedllm.ledger import total
 from fedllm.message import Failure
 from fedllm.round import Federation
+from fedllm.strategies.base import ServerState
+from fedllm.training.meter import Meter
 from fedllm.transport import Transport
 from shared import needs_shared
 from small import BERT, GPT2, build, experiment, finish
@@ -104,7 +106,8 @@ def expected(built: Federation, site: Any, spec: Any) -> tuple[int, int]:
         from fedllm.streams import stream
 
         for number in range(1, spec.rounds + 1):
-            rows = built.strategy._draw(stream(built.seed, "server", number))  # type: ignore[attr-defined]
+            rng = stream(built.seed, "server", number)
+            rows = built.strategy._draw(ServerState(), Meter(), rng)  # type: ignore[attr-defined]
             public = site.public.take(rows)
             size = PublicSize(len(public), public.tokens, int(public.targets.sum()))
             more = costs.logits_payload(model, size, strategy)

@@ -13,14 +13,22 @@ from fedllm import federation
 from fedllm.across import Order
 from fedllm.data.simulation import divide
 from fedllm.federation import Silent
+from shared import needs_shared
 from sites import Sites, counted, weights
 from sites import rows as rows  # of use to others, too
-from small import experiment
+from small import LLAMA, experiment
 
-STRATEGIES: list[dict[str, Any]] = [
-    {"kind": "parameters"},
-    {"kind": "logits"},
-    {"kind": "activations", "cut": 2},
+TEXT = {
+    "task": "generation", "data": {"response": "intent"}, "public": {"size": 8, "labelled": True},
+}  # fmt: skip
+MUTUAL = {
+    "kind": "logits", "form": "top-k", "top_k": 16, "knowledge": "least-loss", "selective": True,
+    "client_models": {"client-1": LLAMA},  # another model with another tokenizer
+}  # fmt: skip
+STRATEGIES = [
+    pytest.param({"kind": "parameters"}, {}, id="parameters"),
+    pytest.param({"kind": "activations", "cut": 2}, {}, id="activations"),
+    pytest.param(MUTUAL, TEXT, id="fedmkt", marks=needs_shared),
 ]
 
 
@@ -32,14 +40,14 @@ def stopping() -> Iterator[list[Sites]]:
         sites.stop()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s["kind"])
+@pytest.mark.parametrize(("strategy", "more"), STRATEGIES)
 def test_a_run_over_processes_is_the_one_in_process(
-    tmp_path: Path, strategy: dict[str, Any], stopping: list[Sites]
+    tmp_path: Path, strategy: dict[str, Any], more: dict[str, Any], stopping: list[Sites]
 ) -> None:
     spec = experiment(
         rounds=2, strategy=strategy, tunables={"dropout": 0.1},
         training={"optimizer": "adam", "rate": 0.003, "optimizer_state": "keep"},
-        simulation={"cohort": 1, "test_examples": 30},
+        simulation={"cohort": 1, "test_examples": 30}, **more,
     )  # fmt: skip
     sites = Sites(tmp_path, spec)
     stopping.append(sites)

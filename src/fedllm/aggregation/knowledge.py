@@ -155,16 +155,25 @@ def mixed(voices: Voices, weights: Tensor, temperature: float = 1.0) -> Tensor:
 # clusters ---------------------------------------------------------------------------------------
 
 
+def disagreement(voices: Voices) -> Tensor:
+    """Jensen-Shannon divergence of all clients, each counting the same (K-10): [units]."""
+    return _jensen_shannon(F.log_softmax(voices.logits.double(), -1))
+
+
 def divergence(voices: Voices) -> Tensor:
     """Jensen-Shannon divergence of each two clients, summed over the units: [clients, clients]."""
     logs = F.log_softmax(voices.logits.double(), -1)
     found = torch.zeros((len(logs), len(logs)), dtype=torch.float64)
     for i in range(len(logs)):
         for j in range(i):
-            middle = torch.logaddexp(logs[i], logs[j]) - math.log(2)
-            parts = [(logs[k].exp() * (logs[k] - middle)).sum() for k in (i, j)]
-            found[i, j] = found[j, i] = (parts[0] + parts[1]) / 2
+            found[i, j] = found[j, i] = _jensen_shannon(logs[[i, j]]).sum()
     return found
+
+
+def _jensen_shannon(logs: Tensor) -> Tensor:
+    """The mean of KL(p_k || mean of all p): [clients, units, outputs] of ln p -> [units]."""
+    middle = logs.logsumexp(0) - math.log(len(logs))
+    return (logs.exp() * (logs - middle)).sum(-1).mean(0)
 
 
 def clusters(distance: Tensor, number: int) -> list[list[int]]:

@@ -30,9 +30,13 @@ def division(
             f"strategy.kind = {experiment.strategy.kind!r}: a bound, which only a simulation can "
             "compute; choose 'parameters', 'logits' or 'activations'"
         )
-    if isinstance(experiment.strategy, ex.Logits) and experiment.strategy.client_models:
+    spec = experiment.strategy
+    if isinstance(spec, ex.Logits) and spec.client_models and not isinstance(
+        spec.client_models, dict
+    ):  # fmt: skip
         raise FedllmError(
-            "strategy.client_models: which site has which model only a simulation can say so far"
+            "strategy.client_models: sites have no turn; expected a table that says which site has "
+            'which model, e.g. { bank-a = "NAME" }'
         )
     if experiment.evaluation.on != "test":
         raise FedllmError("evaluation.on: a site has training and test rows; choose 'test'")

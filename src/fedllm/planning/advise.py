@@ -259,7 +259,7 @@ def _line(estimator: Estimator, spec: ex.Strategy, data: Sizes) -> Line:
     if spec.kind != "logits":
         return line(estimator, spec, data)
     before = estimator.experiment
-    public = before.public.model_copy(update={"rows_per_round": None})
+    public = before.public.model_copy(update={"rows_per_round": None, "choose": "random"})
     estimator.experiment = before.replace(public=public)
     try:
         return line(estimator, spec, data)

@@ -261,6 +261,11 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
         return once + look + learn, most, kept, peak
 
     share, bills = _first(est, data), []
+    chosen = experiment.public.choose if drawn < every else "random"
+    told = {"histogram": (model.outputs,)} if chosen == "feedback" else {}
+    tells = share if told else 0.0
+    upward = {**said, "statistic": said.get("statistic", 0)
+              + round(tells * costs.FLOAT * model.outputs)}  # fmt: skip
     shipped = _shipped(experiment, spec, data.public) if experiment.public.ship else {}
     shipping = round(share * costs.INT * sum(size for (size,) in shipped.values()))
     for crowd in data.crowds:
@@ -268,8 +273,11 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
         if shipped:
             frames.add("down", "b0", "receive", "token", share, shipped)
             frames.add("up", "b0", times=share)
-        frames.add("down", "b1", "know", "index", sent={"rows": (drawn,)}, public="0" * 16)
-        frames.add("up", "b3", "", "logit", sent=shapes, weight=float(drawn), loss=LOSS)
+        for times, tell, asks in ((1 - tells, {}, {}), (tells, told, {"histogram": 1})):
+            frames.add("down", "b1", "know", "index", times, {"rows": (drawn,)}, public="0" * 16,
+                       **asks)  # fmt: skip
+            frames.add("up", "b3", "", "logit", times, {**shapes, **tell}, weight=float(drawn),
+                       loss=LOSS)  # fmt: skip
         frames.add("down", "b7", "digest", "logit", sent={**shapes, "rows": (drawn,)})
         frames.add("up", "b8", loss=LOSS)
         flops, memory, kept, begin = _fitting(est, crowd, data)
@@ -277,7 +285,7 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
         memory = max(memory + beside, est.held(model.whole) + most + kept + beside, peak + kept)
         index = said.get("index", 0) + 2 * drawn * costs.INT
         sent = {**said, "index": index, "token": shipping}
-        bills.append(_Bill(crowd, said, sent, frames, flops + more, memory))
+        bills.append(_Bill(crowd, upward, sent, frames, flops + more, memory))
     present = experiment.exchange.clients_per_round or data.clients
     server, server_memory = 0.0, (present + 1) * sum(said.values())
     if spec.server_model:
@@ -285,6 +293,9 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
         server_memory = max(server_memory, est.held(model.whole) + most + kept, peak)
         if spec.selective:  # what it knows before it is taught
             server += est.flops(looked, "whole", False, begin=est.begin if kept else 0)
+        if chosen in ex.LOOKING:
+            scored = est.in_order(data.public, experiment.evaluation.batch_size)
+            server += est.flops(scored, "whole", False, begin=est.begin if kept else 0)
     found = _total(est, data, bills, "logits", named, server / present, server_memory)
     if spec.client_models:
         return replace(found, variant=f"{named} (every client with the server's model)")

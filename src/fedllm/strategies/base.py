@@ -43,13 +43,15 @@ class Setup:
 class ServerState:
     """
     State in, state out. ``shared``: tunables; ``optimizer``: of server-side training;
-    ``clients``: what the server keeps per client; ``facts``: small values.
+    ``clients``: what the server keeps per client; ``facts``: small values; ``public``: what it
+    keeps of public rows.
     """
 
     shared: Group = field(default_factory=dict)
     optimizer: Group = field(default_factory=dict)
     clients: dict[str, Group] = field(default_factory=dict)
     facts: dict[str, int | float | str] = field(default_factory=dict)
+    public: Group = field(default_factory=dict)
 
 
 @dataclass(slots=True)

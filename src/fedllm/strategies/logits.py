@@ -6,7 +6,7 @@ No parameter travels. With ``server_model = false`` this is FedMD (arXiv 1910.03
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from fedllm.exchange import Exchange, Want
 from fedllm.flat import Ints
 from fedllm.message import Fact, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
+from fedllm.strategies import choice
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
 from fedllm.strategies.forms import (
     LOSS,
@@ -83,15 +84,22 @@ class Logits:
             there = [client for client in cohort if f"shipped.{client}" in state.facts]
             ask.enough(len(there), len(cohort), "others did not take the public set (b0)")
             cohort = there
-        rows = self._draw(rng)
+        rows = self._draw(state, ask.meter, rng)
         which = {"rows": torch.from_numpy(rows.astype(np.int32))}
-        request = Message("b1", "know", which, {"rows": Role.INDEX}, {"public": self.public.hash})
+        new = choice.asked(self.setup.public, len(self.public), state, cohort)
+        requests = {
+            client: Message(
+                "b1", "know", which, {"rows": Role.INDEX},
+                {"public": self.public.hash, **({choice.HISTOGRAM: 1} if client in new else {})},
+            )
+            for client in cohort
+        }  # fmt: skip
         public = self.public.take(rows)
-        parts = [*self.form.parts, *([LOSS] if self.per else [])]
-        want = Want(("loss",), ("weight",), look=lambda reply: self._misfit(reply, parts, rows))
-        replies = ask.gather(dict.fromkeys(cohort, request), want)  # b1, b2, b3
+        want = Want(("loss",), ("weight",), look=lambda reply: self._misfit(reply, rows, new))
+        replies = ask.gather(requests, want)  # b1, b2, b3
         said = {client: self._heard(reply, rows) for client, reply in replies.items()}
         weights = {client: float(reply.facts["weight"]) for client, reply in replies.items()}
+        state = self._kept(state, said, weights, public, rows, ask.meter)
         size = self.setup.evaluation.batch_size
         if self.options.selective and self.options.server_model:
             own = look(self.form, self.model, state.shared, public, size, ask.meter, "b4", self.per)
@@ -122,9 +130,11 @@ class Logits:
         ways = self.setup.interpreters.get(reply.client)
         return known if ways is None else ways[0](known, rows)
 
-    def _misfit(self, reply: Message, parts: Sequence[str], rows: Ints) -> str:
-        """Why a reply is no knowledge of these rows; empty where it is."""
+    def _misfit(self, reply: Message, rows: Ints, asked: Collection[str]) -> str:
+        """Why a reply is no knowledge of these rows; empty where it is.  asked: of histograms."""
         known = reply.tensors
+        parts = [*self.form.parts, *([LOSS] if self.per else [])]
+        parts += [choice.HISTOGRAM] if reply.client in asked else []
         if set(known) != set(parts):
             odd = sorted(set(known) ^ set(parts))
             return f"sent other names than it was asked for ({', '.join(odd[:3])})"
@@ -133,6 +143,8 @@ class Logits:
                 return said
             if len(rows) and float(known[LOSS].min()) < 0:
                 return f"sent {LOSS!r} below 0"
+        if choice.HISTOGRAM in parts and (said := choice.misfit(known, self.model.outputs)):
+            return said
         units, outputs = int(self.public.targets[rows].sum()), self.model.outputs
         if reply.client in self.setup.interpreters:
             way, _ = self.setup.interpreters[reply.client]
@@ -202,11 +214,30 @@ class Logits:
             heard, weights, {name: said[name][LOSS][rows] for name in said} if lost else None
         )
 
-    def _draw(self, rng: np.random.Generator) -> Ints:
+    def _draw(self, state: ServerState, meter: Meter, rng: np.random.Generator) -> Ints:
         """This round's public rows, sorted."""
-        size = len(self.public)
-        wanted = min(self.setup.public.rows_per_round or size, size)
-        return np.sort(rng.permutation(size)[:wanted])
+        size = self.setup.evaluation.batch_size
+        return choice.draw(self.setup.public, self.public, self.model, state, size, meter, rng)
+
+    def _kept(
+        self, state: ServerState, said: Mapping[str, Known], weights: Mapping[str, float],
+        public: Examples, rows: Ints, meter: Meter,
+    ) -> ServerState:  # fmt: skip
+        """The state, with what later rounds choose their rows by."""
+        if self.setup.public.choose == "disagreement":
+            outputs = self.model.outputs
+            with meter.step(choice.STEP):
+                units = torch.cat([
+                    rules.disagreement(self._voices(said, weights, public, some, outputs))
+                    for some in slices(int(public.targets.sum()), outputs * len(said))
+                ])  # fmt: skip
+                kept = choice.noted(state.public, rows, units, public, len(self.public))
+            return replace(state, public=kept)
+        told = {
+            client: {choice.HISTOGRAM: known[choice.HISTOGRAM]}
+            for client, known in said.items() if choice.HISTOGRAM in known
+        }  # fmt: skip
+        return replace(state, clients={**state.clients, **told})
 
     def _ship(self, state: ServerState, cohort: Sequence[str], ask: Exchange) -> ServerState:
         """b0: the public set travels, once to each client."""
@@ -302,6 +333,8 @@ class Logits:
         )
         if self.options.selective:
             site.keep("known", known)
+        if choice.HISTOGRAM in message.facts:
+            known = {**known, choice.HISTOGRAM: choice.histogram(site)}
         facts: dict[str, Fact] = {"weight": units(site), "loss": result.loss}
         return Message("b3", "", known, roles(self.form, known), facts)
 

@@ -44,7 +44,8 @@ Rules between keys:
 - `simulation.sizes` has one number for each of `simulation.clients`.
 - `plan.sites` count as many clients as `simulation.clients`.
 - `exchange.clients_per_round` is at most `simulation.clients`.
-- `data.prompt` and `data.response` go together.
+- `data.prompt` and `data.response` go together; multiple choice needs `data.options`, too.
+- `evaluation.rouge_examples` needs prompt and response of a generation.
 - `tunables.head` other than `shared` is for classification only.
 - `seeds` holds no seed twice.
 
@@ -75,8 +76,14 @@ MEANING = {
     "task.response_only": "false: tokens of the prompt are predicted, too (prompt and response)",
     "data.text": "column of the text",
     "data.label": "column of the label",
-    "data.prompt": "column of the prompt (generation)",
-    "data.response": "column of the response (generation)",
+    "data.prompt": "column of the prompt (generation) or question (multiple choice)",
+    "data.response": "column of the response (generation); multiple choice: of what names the "
+                     "right option",
+    "data.options": "column of the options: a list, or its JSON (multiple choice)",
+    "data.option_pattern": "the options are all matches of this regular expression in their column "
+                           "(of its group, where it has one)",
+    "data.answer_by": "how the right option is named: `index` (from 0), `letter`, `text`; `any`: "
+                      "by whichever fits, and refused where two do and differ",
     "data.labels": "all labels, in the order of their numbers; empty: those of the training rows, "
                    "sorted",
     "data.max_tokens": "longest example in tokens",

@@ -327,7 +327,8 @@ def _name_public(path: Path) -> None:
 def columns(spec: ex.Experiment) -> list[str]:
     """Columns of private rows."""
     if spec.data.prompt is not None and spec.data.response is not None:
-        return [spec.data.prompt, spec.data.response]
+        listed = [] if spec.data.options is None else [spec.data.options]
+        return list(dict.fromkeys([spec.data.prompt, spec.data.response, *listed]))
     if spec.task.kind == "classification":
         return [spec.data.text, spec.data.label]
     return [spec.data.text]

@@ -296,7 +296,8 @@ def test_each_client_with_a_head_of_its_own_has_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["classification", "generation"])
 def test_predict_answers(tmp_path: Path, task: str) -> None:
-    spec = experiment(GPT2, task, evaluation={"max_new_tokens": 5, "rouge_examples": 2})
+    written = {"rouge_examples": 2} if task == "generation" else {}
+    spec = experiment(GPT2, task, evaluation={"max_new_tokens": 5, **written})
     folder = tmp_path / "run"
     summary = federation.run(spec, 0, folder)
     texts = tmp_path / "texts.txt"
@@ -309,6 +310,32 @@ def test_predict_answers(tmp_path: Path, task: str) -> None:
     else:
         assert all(isinstance(a["answer"], str) for a in answers)
         assert 0 <= summary["metrics"]["rouge_l"] <= 1
+
+
+@needs_shared
+def test_who_writes_the_response_has_rouge_one_whatever_its_tokenizer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The client's model answers rows in its own tokens, the server's those in the server's."""
+    shape = {"kind": "logits", "form": "top-k", "knowledge": "least-loss", "client_models": [LLAMA]}
+    spec = experiment(
+        GPT2, "generation", strategy=shape, public={"size": 4, "labelled": True},
+        evaluation={"rouge_examples": 2}, simulation={"clients": 1, "sizes": [4]},
+    )  # fmt: skip
+    worker = build(spec).worker
+    (one,) = worker.sites.values()
+    assert one.server_model is not None
+    assert one.server_data is not None
+    for model, test in ((one.model, one.test), (one.server_model, one.server_data[one.name].test)):
+        said = {}
+        for number in range(2):
+            row, prompt = test.row(number).tolist(), test.prompt_lengths[number]
+            said[tuple(row[:prompt])] = row[prompt:-1]
+        monkeypatch.setattr(
+            "fedllm.worker.generate", lambda *given, said=said: said[tuple(given[2])]
+        )
+        found = worker._rouge(spec.evaluation, model, {}, test)
+        assert float(found["rouge"]) == int(found["rouge_units"]) == 2
 
 
 def test_loads_in_threads_leave_the_library_as_it_was() -> None:

@@ -121,10 +121,10 @@ def _resolve(
 
 def base_quality(experiment: ex.Experiment, prepared: Prepared) -> dict[str, Any] | None:
     """
-    Quality before any training, over everybody's held-out rows (generation only: a
+    Quality before any training, over everybody's held-out rows (not of classification: a
     classifier's head starts at random).
     """
-    if experiment.task.kind != "generation":
+    if experiment.task.kind == "classification":
         return None
     return federation.untrained(experiment, experiment.seeds[-1], prepared)
 

@@ -49,9 +49,14 @@ class Model(Section):
 
 
 class Task(Section):
-    """What is learnt. Generation trains on the response only, unless ``response_only = false``."""
+    """
+    What is learnt. Generation trains on the response only, unless ``response_only = false``.
 
-    kind: Literal["classification", "generation"] = "classification"
+    Multiple choice trains as generation does, on the right option; it is judged by which option
+    the model finds likeliest.
+    """
+
+    kind: Literal["classification", "generation", "multiple-choice"] = "classification"
     chat_template: bool = False
     response_only: bool = True
 
@@ -61,13 +66,17 @@ class Data(Section):
     The contract every client keeps: columns, labels, longest example in tokens.
 
     Generation takes either ``text`` alone (plain language modelling) or ``prompt`` and
-    ``response``. Without ``max_tokens`` the model's own limit holds (at most 512).
+    ``response``. Multiple choice takes ``prompt``, ``options`` and ``response``, which names the
+    right option. Without ``max_tokens`` the model's own limit holds (at most 512).
     """
 
     text: str = "text"
     label: str = "label"
     prompt: str | None = None
     response: str | None = None
+    options: str | None = None
+    option_pattern: str | None = None
+    answer_by: Literal["any", "index", "letter", "text"] = "any"
     labels: tuple[str, ...] = ()
     max_tokens: Annotated[int, Field(ge=4)] | None = None
 
@@ -75,6 +84,15 @@ class Data(Section):
     def _both(self) -> Self:
         if (self.prompt is None) != (self.response is None):
             raise ValueError("prompt and response columns go together")
+        if self.option_pattern is not None:
+            try:
+                groups = re.compile(self.option_pattern).groups
+            except re.error as error:
+                raise ValueError(f"option_pattern: no regular expression ({error})") from None
+            if groups > 1:
+                raise ValueError(
+                    f"option_pattern: {groups} groups; expected one, or none for the whole match"
+                )
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels: the same label twice")
         return self
@@ -515,6 +533,7 @@ class Experiment(Section):
                 "data.prompt: classification reads data.text and data.label; "
                 "set task.kind = 'generation' or leave prompt and response out"
             )
+        self._chosen()
         if self.model.quantization != "none":
             if self.tunables.kind != "lora":
                 raise ValueError(
@@ -546,7 +565,7 @@ class Experiment(Section):
                 )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: the same seed twice")
-        if self.task.kind == "generation" and self.tunables.head != "shared":
+        if self.task.kind != "classification" and self.tunables.head != "shared":
             raise ValueError(
                 "tunables.head: a language model has no task head of its own; leave it out"
             )
@@ -556,6 +575,26 @@ class Experiment(Section):
                 f"exchange.clients_per_round: {every} of {self.simulation.clients} clients"
             )
         return self
+
+    def _chosen(self) -> None:
+        """What multiple choice and Rouge-L ask of the data, and keys that mean nothing without."""
+        answered = self.task.kind == "generation" and self.data.prompt is not None
+        if self.evaluation.rouge_examples and not answered:
+            raise ValueError(
+                "evaluation.rouge_examples: Rouge-L compares written responses with given ones; "
+                "expected task.kind = 'generation' with data.prompt and data.response"
+            )
+        if self.task.kind == "multiple-choice":
+            if self.data.options is None or self.data.prompt is None:
+                missing = "options" if self.data.options is None else "prompt"
+                raise ValueError(
+                    f"data.{missing}: multiple choice needs the columns data.prompt, data.options "
+                    "and data.response (which names the right option)"
+                )
+            return
+        for key in ("options", "option_pattern"):
+            if getattr(self.data, key) is not None:
+                raise ValueError(f"data.{key}: only with task.kind = 'multiple-choice'")
 
     def _taught(self, where: str, spec: Logits) -> None:
         """What logits ask of the public set, and settings that would mean nothing."""

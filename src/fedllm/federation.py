@@ -125,7 +125,7 @@ def prepare(
     def encoded(client: str) -> ClientData:
         rows = division.clients.pop(client)  # text makes room for its tokens
         where = f"client {client!r}"
-        return ClientData(encode(rows.train, where), encode(getattr(rows, on), where))
+        return ClientData(encode(rows.train, where), encode.held_out(getattr(rows, on), where))
 
     clients = Clients.of((client, encoded(client)) for client in list(division.clients))
     public, public_labelled = _public(experiment, division, encode)
@@ -151,7 +151,7 @@ def _public(
     rows = division.public
     if not rows:
         return None, None
-    if experiment.task.kind == "generation":
+    if experiment.task.kind != "classification":
         # Its text is an input to everybody; only a labelled set is also a target
         seen = encode.seen(rows, "public set")
         return seen, encode(rows, "public set") if experiment.public.labelled else None
@@ -292,7 +292,9 @@ def host(
             f"frozen base without dropout (here tunables.kind = {experiment.tunables.kind!r}, "
             f"training.base_dropout = {str(experiment.training.base_dropout).lower()})"
         )
-    return Worker(sites, half.strategy, run, model.base_hash, prepared.tokenizer, states)
+    every = [(model, prepared), *others.values()]
+    tokenizers = {one.name: theirs.tokenizer for one, theirs in every}
+    return Worker(sites, half.strategy, run, model.base_hash, tokenizers, states)
 
 
 def _uses(
@@ -357,7 +359,7 @@ def _client_models(
         for note in theirs.notes:
             if note not in prepared.notes:
                 listener.note(f"{name}: {note}")
-        text = experiment.task.kind == "generation"
+        text = experiment.task.kind != "classification"
         if theirs.tokenizer.get_vocab() != vocabulary or (text and model.outputs != server.outputs):
             # a unit without counterpart arrives as the text's own token: only a loss knows better
             by_loss = spec.knowledge in ("loss", "least-loss")
@@ -381,7 +383,7 @@ def _interpreters(
     others: Mapping[str, tuple[LanguageModel, Prepared]], listener: Listener,
 ) -> dict[str, tuple[Interpreter, Interpreter]]:  # fmt: skip
     """To the server and back, for each client whose model reads other tokens."""
-    if experiment.task.kind != "generation" or not others:
+    if experiment.task.kind == "classification" or not others:
         return {}
     public, vocabulary = prepared.public, prepared.tokenizer.get_vocab()
     assert public is not None

@@ -7,16 +7,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedllm import experiment as ex
-from fedllm.data import sources
+from fedllm.data import choices, sources
 from fedllm.data.examples import Encoder
 from fedllm.errors import FedllmError, nearest
 from fedllm.models import export as adapters
 from fedllm.models.inputs import Inputs
 from fedllm.models.loading import LanguageModel, load, load_config, load_tokenizer
-from fedllm.training.evaluate import generate
+from fedllm.training.cohort import alone
+from fedllm.training.evaluate import generate, likelihoods
+from fedllm.training.meter import Meter
 
 
 def _adapter(folder: Path, client: str | None) -> Path:
@@ -64,21 +67,32 @@ def open_run(
 def predict(
     folder: Path, texts: Sequence[str], file: Path | None = None, client: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """For each text its label and the probability of it, or the text that the model writes on."""
+    """
+    For each text its label and the probability of it, or the text that the model writes on; with
+    options the likeliest of them, and its share of their probability.
+    """
     experiment, model, tunables, _ = open_run(folder, client)
     data = experiment.data
     column = data.prompt or data.text
-    given = list(texts)
+    columns = [column] if data.options in (None, column) else [column, str(data.options)]
+    given = [{column: text} for text in texts]
+    if given and len(columns) > 1:
+        raise FedllmError(
+            f"--text: a question needs its options; give a FILE with the columns {columns}"
+        )
     if file is not None:
         if file.suffix in (".csv", ".json", ".jsonl"):
             rows = sources.read(str(file), key="FILE")
-            sources.need(rows, [column], str(file))
-            given += [row[column] for row in rows]
+            sources.need(rows, columns, str(file))
+            given += rows
         else:
             try:
-                given += [line for line in file.read_text().splitlines() if line.strip()]
+                lines = file.read_text().splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise FedllmError(f"{file}: cannot be read ({error})") from None
+            given += [{column: line} for line in lines if line.strip()]
+            if len(columns) > 1:
+                raise FedllmError(f"{file}: expected .csv, .json or .jsonl with columns {columns}")
     if not given:
         raise FedllmError("nothing to predict: give --text or a FILE")
     other = model.name if model.name != experiment.model.name else None
@@ -87,7 +101,10 @@ def predict(
     limit = int(getattr(config, "max_position_embeddings", 512))
     limit -= getattr(experiment.tunables, "tokens", 0)
     encode = Encoder(tokenizer, experiment.task, data, data.labels, limit)
-    for text in given:
+    if data.options is not None:
+        yield from _chosen(experiment, model, tunables, encode, given)
+        return
+    for text in (row[column] for row in given):
         if model.classification:
             row = {data.text: text, data.label: data.labels[0]}
             ids = torch.from_numpy(encode([row], "--text").row(0))[None].to(model.device)
@@ -102,6 +119,24 @@ def predict(
                 experiment.evaluation.max_new_tokens,
             )  # fmt: skip
             yield {"text": text, "answer": tokenizer.decode(new, skip_special_tokens=True)}
+
+
+def _chosen(
+    experiment: ex.Experiment, model: LanguageModel, tunables: dict[str, torch.Tensor],
+    encode: Encoder, rows: sources.Rows,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """For each question the likeliest option, and its share of the options' probability."""
+    questions = [
+        (row[str(experiment.data.prompt)], choices.options(row, experiment.data, f"row {number}"))
+        for number, row in enumerate(rows, 1)
+    ]
+    examples, size = encode.choices(questions, "FILE"), experiment.evaluation.batch_size
+    scores = alone(likelihoods(model, tunables, examples, size, Meter(), "predict"))
+    each = np.split(scores, np.flatnonzero(examples.option == 0)[1:])
+    for (text, options), score in zip(questions, each, strict=True):
+        best = int(score.argmax())
+        share = float(1 / np.exp(score - score[best]).sum())
+        yield {"text": text, "answer": options[best], "probability": share}
 
 
 def export(folder: Path, out: Path, merge: bool, client: str | None = None) -> Path:

@@ -109,8 +109,8 @@ def _ask(federation: Federation, tunables: Group, model: str) -> tuple[Metrics, 
         "eval", "evaluate", tunables, of_role(Role.PARAMETER, tunables), {"model": model}
     )
     clients = sorted(federation.exchange.transport.clients())
-    labels = federation.labels
-    want = Want(look=lambda reply: misfit(reply.tensors, len(labels)))
+    labels, task = federation.labels, federation.experiment.task.kind
+    want = Want(look=lambda reply: misfit(reply.tensors, task, len(labels)))
     sums: dict[str, Tensor] = {}
     each: dict[str, Metrics] = {}
     failures = []

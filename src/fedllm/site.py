@@ -49,7 +49,7 @@ class Hosted:
         self._worker = federation.host(half, experiment, prepared, run, Silent())
         self._worker.discreet = True
         mine = self._worker.sites[site.name]
-        self.rows = len(mine.train), len(mine.test)
+        self.rows = len(mine.train), mine.test.cases
         self._endpoint = Endpoint(self._worker.handle, experiment.exchange.codecs)  # type: ignore[arg-type]
         self._states = folder / "states"
         self._worker.states.attach(self._states)

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedllm import experiment as ex
+from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
 from fedllm.message import Failure, Message, Role, of_role
+from fedllm.models.loading import LanguageModel
 from fedllm.states import States
 from fedllm.strategies.base import Site, Strategy
 from fedllm.training.cohort import together
@@ -36,14 +39,14 @@ class Worker:
 
     def __init__(
         self, sites: Mapping[str, Site], strategy: Strategy, run: str, base: str,
-        tokenizer: Any = None, states: States | None = None,
+        tokenizers: Mapping[str, Any], states: States | None = None,
     ) -> None:  # fmt: skip
         """
-        base: hash of the frozen weights that the server must have, too.  states: those that
-        the sites were built with.
+        base: hash of the frozen weights that the server must have, too.  tokenizers: of each
+        model, by its name.  states: those that the sites were built with.
         """
         self.sites, self.strategy, self.run, self.base = dict(sites), strategy, run, base
-        self.tokenizer = tokenizer
+        self.tokenizers = tokenizers
         self.states = states or States()
         self.discreet = False  # whether the text of an unforeseen error stays here
         self._attempt: dict[str, tuple[int, int]] = {}
@@ -171,20 +174,21 @@ class Worker:
         sums = yield from statistics(model, tunables, test, settings.batch_size, site.meter, "eval")
         if settings.rouge_examples and test.prompts:
             with site.meter.step("eval"):
-                sums |= self._rouge(site, model, tunables)
+                sums |= self._rouge(settings, model, tunables, test)
         return Message("eval", tensors=sums, roles=of_role(Role.STATISTIC, sums))
 
-    def _rouge(self, site: Site, model: Any, tunables: dict[str, Tensor]) -> dict[str, Tensor]:
-        settings = site.setup.evaluation
-        test = site.test
+    def _rouge(
+        self, settings: ex.Evaluation, model: LanguageModel, tunables: dict[str, Tensor],
+        test: Examples,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Rouge-L of the first responses; rows and tokenizer are those of the model."""
+        tokenizer = self.tokenizers[model.name]
         count = min(settings.rouge_examples, len(test))
         score = 0.0
         for row in range(count):
             prompt = test.row(row)[: test.prompt_lengths[row]].tolist()
-            new = generate(
-                model, tunables, prompt, self.tokenizer.eos_token_id, settings.max_new_tokens
-            )
-            said = self.tokenizer.decode(new, skip_special_tokens=True)
+            new = generate(model, tunables, prompt, tokenizer.eos_token_id, settings.max_new_tokens)
+            said = tokenizer.decode(new, skip_special_tokens=True)
             score += rouge_l(said, test.responses[row])
         return {
             "rouge": torch.tensor([score], dtype=torch.float64),

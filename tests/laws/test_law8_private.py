@@ -60,7 +60,7 @@ def tapped(spec: Any) -> tuple[Federation, list[bytes]]:
 
 def needles(built: Federation) -> list[bytes]:
     """The canary as text, and as the token numbers that every private row holds."""
-    tokenizer: Any = built.worker.tokenizer
+    tokenizer: Any = built.worker.tokenizers[built.model.name]
     ids = tokenizer(f"x {CANARY}", add_special_tokens=False)["input_ids"][-4:]
     found = [CANARY.encode()]
     for kind in ("<i4", "<i8", "<i2"):

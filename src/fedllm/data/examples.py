@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedllm import experiment as ex
+from fedllm.data import choices
 from fedllm.errors import FedllmError, nearest
 from fedllm.flat import Ints, cells
 
@@ -32,6 +33,8 @@ class Examples:
     (generation).  utf8: bytes of the text that the predicted tokens stand for (generation).
     prompts, responses: text, kept for Rouge-L.  unk: the token ``<unk>``; -1: there is none.
     hash: of the text, to see that two sites hold the same public set whatever their tokenizers.
+    option: number of a row among the options of its question, the rows of which follow one another
+    and begin with the right one, number 0 (held-out rows of multiple choice; empty otherwise).
     origin: the set that these rows were taken from, and which of its rows they are.
     """
 
@@ -45,10 +48,16 @@ class Examples:
     unk: int = -1
     hash: str = ""
     prompt_lengths: tuple[int, ...] = ()
+    option: Ints = field(default_factory=lambda: EMPTY)
     origin: tuple[Examples, Ints] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ends)
+
+    @property
+    def cases(self) -> int:
+        """Rows of the source: questions where each has a row for every option."""
+        return int((self.option == 0).sum()) if len(self.option) else len(self)
 
     def row(self, number: int) -> Ints:
         """Tokens of one row."""
@@ -109,6 +118,7 @@ class Examples:
                 tuple(self.prompt_lengths[i] for i in index) if self.prompt_lengths else ()
             ),
             unk=self.unk,
+            option=self.option[index] if len(self.option) else self.option,
             origin=(whole, index if before is None else before[index]),
         )
 
@@ -126,6 +136,7 @@ class Examples:
             responses=self.responses[rows],
             unk=self.unk,
             prompt_lengths=self.prompt_lengths[rows],
+            option=self.option[rows],
         )
 
     def without_labels(self) -> Examples:
@@ -157,6 +168,7 @@ def join(parts: Sequence[Examples]) -> Examples:
         responses=tuple(text for part in parts for text in part.responses),
         unk=parts[0].unk,
         prompt_lengths=tuple(length for part in parts for length in part.prompt_lengths),
+        option=np.concatenate([part.option for part in parts]),
     )
 
 
@@ -198,7 +210,8 @@ class Encoder:
     def columns(self) -> tuple[str, ...]:
         """Columns that every source must have."""
         if self.data.prompt is not None and self.data.response is not None:
-            return (self.data.prompt, self.data.response)
+            listed = () if self.data.options is None else (self.data.options,)
+            return tuple(dict.fromkeys((self.data.prompt, self.data.response, *listed)))
         if self.task.kind == "classification":
             return (self.data.text, self.data.label)
         return (self.data.text,)
@@ -213,6 +226,12 @@ class Encoder:
         """Encode rows; ``where`` is what an error about an unknown label names."""
         if self.task.kind == "classification":
             found = self._classified(rows, where)
+        elif self.task.kind == "multiple-choice":
+            assert self.data.response is not None
+            found = self._answered([
+                {**row, self.data.response: choices.question(row, self.data, where)[0]}
+                for row in rows
+            ])  # fmt: skip
         elif self.data.prompt is not None:
             found = self._answered(rows)
         else:
@@ -220,6 +239,48 @@ class Encoder:
         inputs = self.columns[:1] if self.task.kind == "classification" else self.columns
         texts = json.dumps([[row[name] for name in inputs] for row in rows])
         return replace(found, hash=hashlib.sha256(texts.encode()).hexdigest()[:16])
+
+    def held_out(self, rows: Sequence[dict[str, str]], where: str) -> Examples:
+        """Rows as they are judged: each as it is trained on, or a question's option by option."""
+        if self.task.kind != "multiple-choice":
+            return self(rows, where)
+        assert self.data.prompt is not None
+        questions = [
+            (row[self.data.prompt], choices.question(row, self.data, where)) for row in rows
+        ]
+        return self.choices(questions, where)
+
+    def choices(self, questions: Sequence[tuple[str, Sequence[str]]], where: str) -> Examples:
+        """
+        A row for each option of each question, of which only the option is predicted.
+
+        No end token: an option may begin another. A prompt that is too long loses the same
+        beginning for all its options. ``utf8`` are the option's bytes. Raises FedllmError for an
+        option of no token, or too long to be compared whole.
+        """
+        ids, starts, utf8 = [], [], []
+        numbers: list[int] = []
+        for number, (text, options) in enumerate(questions, 1):
+            coded = [self._ids(option) for option in options]
+            for option, tokens in zip(options, coded, strict=True):
+                if not 0 < len(tokens) < self.max_tokens:
+                    raise FedllmError(
+                        f"{where}: question {number}: option {option[:80]!r} has {len(tokens)} "
+                        f"tokens; expected 1 to {self.max_tokens - 1} (data.max_tokens)"
+                    )
+            prompt = self.prompt(text)[-(self.max_tokens - max(map(len, coded))) :]
+            ids += [prompt + tokens for tokens in coded]
+            starts += [len(prompt)] * len(coded)
+            utf8 += [len(option.encode()) for option in options]
+            numbers += range(len(coded))
+        return Examples(
+            *packed(ids),
+            labels=EMPTY,
+            start=np.array(starts, np.int64),
+            utf8=np.array(utf8, np.int64),
+            unk=self.unk,
+            option=np.array(numbers, np.int64),
+        )
 
     def _classified(self, rows: Sequence[dict[str, str]], where: str) -> Examples:
         labels = []
@@ -293,7 +354,11 @@ class Encoder:
                 return_dict=True,
             )  # fmt: skip
             return list(coded["input_ids"])
-        return self._start() + list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._start() + self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        """All its tokens, without a warning of how many they are: what is too long is cut here."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _answered(self, rows: Sequence[dict[str, str]]) -> Examples:
         """Prompt, response, end. A prompt too long for the response loses its beginning."""
@@ -304,8 +369,9 @@ class Encoder:
         for row in rows:
             prompt = self.prompt(row[self.data.prompt])
             coded = self.tokenizer(
-                row[self.data.response], add_special_tokens=False, return_offsets_mapping=True
-            )
+                row[self.data.response], add_special_tokens=False, return_offsets_mapping=True,
+                verbose=False,
+            )  # fmt: skip
             room = max(self.max_tokens - 1 - len(end), 1)
             answer, offsets = coded["input_ids"][:room], coded["offset_mapping"][:room]
             whole = len(answer) == len(coded["input_ids"])  # a cut answer does not end there

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedllm import experiment as ex
-from fedllm.data import sources
+from fedllm.data import choices, sources
 from fedllm.data.simulation import ClientRows, Division
 from fedllm.errors import FedllmError, nearest
 
@@ -57,6 +57,8 @@ def _read(
         raise FedllmError(f"{key} = {source!r}: there is no such file")
     rows = sources.read(source, kind, key=key)
     sources.need(rows, columns, source)
+    if experiment.task.kind == "multiple-choice":
+        choices.need(rows, experiment.data, f"{key} = {source!r}")
     label, labels = experiment.data.label, experiment.data.labels
     if experiment.task.kind == "classification" and label in columns:
         for number, row in enumerate(rows, 1):

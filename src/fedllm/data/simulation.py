@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedllm import experiment as ex
-from fedllm.data import sources
+from fedllm.data import choices, sources
 from fedllm.data.partition import by_column, dirichlet, even, iid
 from fedllm.data.sources import Rows
 from fedllm.errors import FedllmError
@@ -45,13 +45,13 @@ def divide(experiment: ex.Experiment, columns: Sequence[str], seed: int) -> Divi
     rows = sources.read(sim.source, sim.format, sim.split, "simulation.source")
     needed = [*columns]
     column = sim.partition.column if isinstance(sim.partition, ex.ByColumn) else None
-    sources.need(rows, needed, sim.source)
+    _check(experiment, rows, needed, sim.source)
     if column is not None:
         sources.need(rows, [column], sim.source, "simulation.partition")
     test: Rows | None = None
     if sim.test is not None or sim.source == "builtin":
         test = sources.read(sim.test or "builtin", sim.format, "test", "simulation.test")
-        sources.need(test, needed, sim.test or "builtin")
+        _check(experiment, test, needed, sim.test or "builtin")
     outside: Rows | None = None
     if public.source is not None and public.source in (sim.source, sim.test):
         raise FedllmError(
@@ -61,7 +61,7 @@ def divide(experiment: ex.Experiment, columns: Sequence[str], seed: int) -> Divi
     if public.source is not None:
         outside = sources.read(public.source, sim.format, sim.split, "public.source")
         hidden = experiment.task.kind == "classification" and not public.labelled
-        sources.need(outside, needed[:1] if hidden else needed, public.source)
+        _check(experiment, outside, needed[:1] if hidden else needed, public.source)
     labels = _labels(experiment, rows, test)
     rng = stream(seed, "partition")
     kept, shared = _cut_public(rows, outside, public, rng)
@@ -88,6 +88,13 @@ def divide(experiment: ex.Experiment, columns: Sequence[str], seed: int) -> Divi
                 )
     given = sum(len(mine) for mine in parts.values())
     return Division(clients, shared, labels, len(kept) - given)
+
+
+def _check(experiment: ex.Experiment, rows: Rows, columns: Sequence[str], source: str) -> None:
+    """Raise FedllmError unless the rows have the columns, and questions their answers."""
+    sources.need(rows, columns, source)
+    if experiment.task.kind == "multiple-choice":
+        choices.need(rows, experiment.data, source)
 
 
 def _labels(experiment: ex.Experiment, rows: Rows, test: Rows | None) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ _SPEAKER = re.compile(r"^([A-Z][^\n:]{0,40}):\n", re.MULTILINE)
 
 def read(source: str, kind: str = "auto", split: str = "train", key: str = "source") -> Rows:
     """
-    All rows of a source, every value a string.
+    All rows of a source, every value a string: lists and tables as JSON.
 
     source: ``builtin``, a file (.csv, .json, .jsonl, .txt for a dialogue), a folder or a name
     on the hub that ``datasets.load_dataset`` takes.  Raises FedllmError when nothing is found.
@@ -104,11 +105,17 @@ def _rows(data: Any) -> Rows:
     for name in data.column_names:
         values: Sequence[Any] = data[name][:]
         decode = getattr(features[name], "int2str", None)
-        columns[name] = ["" if v is None else decode(v) if decode else str(v) for v in values]
+        columns[name] = [decode(v) if decode and v is not None else _text_of(v) for v in values]
     names = list(columns)
     rows = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     pyarrow.default_memory_pool().release_unused()  # what the file took
     return rows
+
+
+def _text_of(value: Any) -> str:
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None else str(value)
 
 
 def need(rows: Rows, columns: Sequence[str], source: str, section: str = "data") -> None:

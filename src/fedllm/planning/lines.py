@@ -306,7 +306,8 @@ def _shipped(experiment: ex.Experiment, spec: ex.Logits, rows: Rows) -> dict[str
     """Shapes of the public set as it travels, once to each client."""
     size = rows.size
     found = {"tokens": (size.tokens,), "lengths": (size.rows,)}
-    text, by_loss = experiment.task.kind == "generation", spec.knowledge in ("loss", "least-loss")
+    text = experiment.task.kind != "classification"
+    by_loss = spec.knowledge in ("loss", "least-loss")
     if text and by_loss and spec.loss_per == "byte":
         found["utf8"] = (size.rows,)
     if experiment.public.labelled and experiment.task.kind == "classification":

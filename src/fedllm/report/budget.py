@@ -110,7 +110,7 @@ def target(text: str) -> Target:
         raise FedllmError(f"--target {text}: {value!r} is no number, e.g. 0.8 or 80%") from None
     if not math.isfinite(number):
         raise FedllmError(f"--target {text}: expected a finite number, e.g. 0.8 or 80%")
-    share = name in ("accuracy", "macro_f1", "rouge_l")
+    share = name in ("accuracy", "accuracy_per_byte", "macro_f1", "rouge_l")
     if share and not 0 <= number <= 1:
         raise FedllmError(f"--target {text}: {name} lies between 0 and 1; {value}% is a percentage")
     return Target(name, number, text)

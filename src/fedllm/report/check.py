@@ -91,7 +91,7 @@ def look(experiment: ex.Experiment) -> dict[str, Any]:
         )
     labels = f"{len(prepared.labels)} labels" if prepared.labels else "no labels"
     train = [s.rows for s in sizes.values()]
-    tests = [len(data.test) for data in prepared.clients.values()]
+    tests = [data.test.cases for data in prepared.clients.values()]
     facts = {
         "model": f"{model.name} ({model.model.config.model_type}, {model.blocks} blocks, width "
                  f"{model.width})",

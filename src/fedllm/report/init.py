@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
+from fedllm import experiment as ex
 from fedllm.data import sources
 from fedllm.errors import FedllmError
 
@@ -13,6 +15,9 @@ _LABEL = ("label", "labels", "category", "intent", "class", "target", "topic")
 _TEXT = ("text", "message", "sentence", "query", "utterance", "body", "content")
 _PAIRS = (("prompt", "response"), ("instruction", "output"), ("question", "answer"),
           ("instruction", "response"), ("input", "output"))  # fmt: skip
+_OPTIONS = ("choices", "options", "answers", "endings")
+_QUESTION = ("query", "question", "prompt", "instruction", "input", "text")
+_RIGHT = ("gold", "answer", "label", "answer_index", "answer_idx", "target", "response")
 
 
 def template(data: Path, out: Path) -> str:
@@ -23,6 +28,8 @@ def template(data: Path, out: Path) -> str:
     """
     rows = sources.read(str(data), key="data")
     columns = list(rows[0])
+    asked = [next((c for c in names if c in columns), None)
+             for names in (_QUESTION, _OPTIONS, _RIGHT)]  # fmt: skip
     pair = next((p for p in _PAIRS if set(p) <= set(columns)), None)
     label = next((c for c in _LABEL if c in columns), None)
     text = next((c for c in _TEXT if c in columns), None) or _longest(rows, columns, label)
@@ -30,9 +37,14 @@ def template(data: Path, out: Path) -> str:
     source = source if source.startswith(".") else f"./{source}"
     if label is None and pair is None and text is None:
         raise FedllmError(f"{data}: none of the columns {', '.join(columns)} looks like text")
-    kind = "generation" if pair or not label else "classification"
     quoted = json.dumps
-    if pair:
+    kind = "generation" if pair or not label else "classification"
+    others = get_args(ex.Task.model_fields["kind"].annotation)
+    if None not in asked and rows[0][str(asked[1])].startswith("["):
+        kind = "multiple-choice"
+        names = zip(("prompt", "options", "response"), asked, strict=True)
+        contract = "\n".join(f"{key} = {quoted(column)}" for key, column in names)
+    elif pair:
         contract = f"prompt = {quoted(pair[0])}\nresponse = {quoted(pair[1])}"
     elif kind == "classification":
         contract = f"text = {quoted(text)}\nlabel = {quoted(label)}"
@@ -52,7 +64,7 @@ name = "builtin"          # a small model for a first try; then e.g. {quoted(mod
                           # (from the hub), or the path of a folder
 
 [task]
-kind = {quoted(kind)}     # or "{"generation" if kind == "classification" else "classification"}"
+kind = {quoted(kind)}     # or {" or ".join(quoted(one) for one in others if one != kind)}
 
 [data]                    # the contract that every site keeps
 {contract}

@@ -84,9 +84,8 @@ def _rows(entry: Entry) -> Any:
     """How many rows the quality is of; None where clients failed, or rows are not counted."""
     summary = entry.runs[0].summary
     metrics = summary["metrics"]
-    if summary["task"] != "classification" or metrics.get(MISSING):
-        return None
-    return metrics.get("units")
+    counted = {"classification": "units", "multiple-choice": "questions"}.get(summary["task"])
+    return metrics.get(counted) if counted and not metrics.get(MISSING) else None
 
 
 def _values(each: Iterable[tuple[str, Any]]) -> str:

@@ -8,7 +8,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-PRIMARY = {"classification": ("accuracy", "accuracy"), "generation": ("bits_per_byte", "bits/byte")}
+PRIMARY = {
+    "classification": ("accuracy", "accuracy"),
+    "generation": ("bits_per_byte", "bits/byte"),
+    "multiple-choice": ("accuracy", "accuracy"),
+}
 STRATEGIES = ("parameters", "logits", "activations")
 COLOURS = {
     "parameters": "#4477aa", "logits": "#cc6677", "activations": "#228833",

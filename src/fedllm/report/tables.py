@@ -16,6 +16,8 @@ QUALITY = {
     "classification": (("accuracy", "accuracy", 100), ("macro_f1", "macro-F1", 100)),
     "generation": (("loss", "loss", 1), ("perplexity", "perplexity", 1),
                    ("bits_per_byte", "bits/byte", 1), ("rouge_l", "Rouge-L", 100)),
+    "multiple-choice": (("accuracy", "accuracy", 100),
+                        ("accuracy_per_byte", "accuracy per byte", 100), ("loss", "loss", 1)),
 }  # fmt: skip
 COSTS = (
     ("optimizer_steps", "steps"), ("bytes_up", "up"), ("bytes_down", "down"),

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedllm.data.examples import Examples
+from fedllm.flat import Ints
 from fedllm.models.inputs import Inputs
 from fedllm.models.loading import LanguageModel
 from fedllm.training.batches import Batch
@@ -21,6 +23,38 @@ from fedllm.training.meter import Meter
 Metrics = dict[str, Any]
 
 
+TIE = 1e-5  # of the score: padded passes round differently, and a rounding chooses nothing
+
+
+def likelihoods(
+    model: LanguageModel, tunables: Mapping[str, Tensor], examples: Examples, size: int,
+    meter: Meter, step: str,
+) -> Tasked[npt.NDArray[np.float64]]:  # fmt: skip
+    """Each row's sum of ln p over its predicted tokens: [rows], in nats."""
+    found = torch.zeros(len(examples), dtype=torch.float64)
+
+    def take(batch: Batch, logits: Tensor) -> None:
+        rows = np.repeat(batch.row_numbers, examples.targets[batch.row_numbers])
+        each = F.cross_entropy(logits, batch.targets, reduction="none").double().cpu()
+        found.index_add_(0, torch.from_numpy(rows), each, alpha=-1)
+
+    yield Infer(model, tunables, examples, size, meter, step, take)
+    return found.numpy()
+
+
+def right(scores: npt.NDArray[np.float64], option: Ints) -> float:
+    """
+    Questions whose right option (number 0) has the largest score, of rows as in ``Examples``.
+
+    Where it shares the largest with others it counts as 1 / all of these.
+    """
+    first = np.flatnonzero(option == 0)
+    best = np.repeat(np.maximum.reduceat(scores, first), np.diff([*first, len(option)]))
+    among = np.isclose(scores, best, rtol=TIE, atol=0)
+    shared = np.maximum(np.add.reduceat(among, first, dtype=np.int64), 1)
+    return float((among[first] / shared).sum())
+
+
 def statistics(
     model: LanguageModel, tunables: Mapping[str, Tensor], examples: Examples, size: int,
     meter: Meter, step: str,
@@ -28,7 +62,13 @@ def statistics(
     """
     Sums over the examples: ``confusion`` [true, predicted] and ``loss``, or ``loss``,
     ``units`` (tokens), ``utf8`` (bytes of their text) and ``unknown`` tokens.
+
+    With options ``loss``, ``units`` and ``utf8`` are those of the right ones; besides there are
+    ``questions``, ``right`` (its sum of ln p is the largest) and ``right_per_byte``.
     """
+    if len(examples.option):
+        scores = yield from likelihoods(model, tunables, examples, size, meter, step)
+        return _choices(scores, examples)
     classes = model.classification
     wide = model.outputs if classes else 0  # a vocabulary's table would be larger than the model
     confusion = torch.zeros((wide, wide), dtype=torch.int32)
@@ -54,6 +94,22 @@ def statistics(
     }
 
 
+def _choices(scores: npt.NDArray[np.float64], examples: Examples) -> dict[str, Tensor]:
+    first = examples.option == 0
+    sums = {
+        "loss": -float(scores[first].sum()),
+        "units": int(examples.targets[first].sum()),
+        "utf8": int(examples.utf8[first].sum()),
+        "tokens": examples.tokens,
+        "unknown": examples.unknown,
+        "right": right(scores, examples.option),
+        "right_per_byte": right(scores / examples.utf8, examples.option),
+        "questions": examples.cases,
+    }
+    kinds = {int: torch.int64, float: torch.float64}
+    return {name: torch.tensor([value], dtype=kinds[type(value)]) for name, value in sums.items()}
+
+
 def add(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Statistics of several clients together."""
     names = parts[0].keys()
@@ -62,27 +118,35 @@ def add(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 ROUGE = {"rouge", "rouge_units"}
 TOKENS = {"loss", "units", "utf8", "tokens", "unknown"}
+COUNTED = {
+    "classification": {"loss", "units", "confusion"},
+    "generation": TOKENS,
+    "multiple-choice": TOKENS | {"right", "right_per_byte", "questions"},
+}
 
 
-def misfit(sums: Mapping[str, Tensor], labels: int) -> str:
-    """Why these are not the statistics of a client; empty where they are."""
-    ones = {"loss", "units"} if labels else TOKENS
-    names = ones | {"confusion"} if labels else ones
-    if not names <= set(sums) <= names | (set() if labels else ROUGE):
+def misfit(sums: Mapping[str, Tensor], task: str, labels: int) -> str:
+    """Why these are not the statistics of a client in this task; empty where they are."""
+    names = COUNTED[task]
+    if not names <= set(sums) <= names | (ROUGE if task == "generation" else set()):
         return f"counted {sorted(sums)}, not {sorted(names)}"
     for name, tensor in sums.items():
         shape = (labels, labels) if name == "confusion" else (1,)
-        floats = name in ("loss", "rouge")
+        floats = name in ("loss", "rouge", "right", "right_per_byte")
         if tuple(tensor.shape) != shape or tensor.is_floating_point() != floats:
             return f"counted {name!r} as {tensor.dtype} of {tuple(tensor.shape)}"
         if name != "loss" and bool((tensor < 0).any()):
             return f"counted fewer than none ({name!r})"
+    for name in sorted(names & {"right", "right_per_byte"}):
+        if not float(sums[name]) <= int(sums["questions"]):  # nor NaN
+            return f"counted more than all questions ({name!r})"
     return ""
 
 
 def metrics(sums: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Metrics:
     """
-    Statistics -> accuracy, macro_f1, per_class, loss; or loss, perplexity, bits_per_byte.
+    Statistics -> accuracy, macro_f1, per_class, loss; or loss, perplexity, bits_per_byte, with
+    options (of the right ones) besides accuracy, accuracy_per_byte and questions.
 
     macro_f1 averages over the classes that occur among the true or the predicted labels.
     """
@@ -105,6 +169,10 @@ def metrics(sums: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Metrics:
     found["perplexity"] = math.exp(min(loss, 700))
     found["bits_per_byte"] = float(sums["loss"]) / math.log(2) / max(int(sums["utf8"]), 1)
     found["unknown_rate"] = int(sums["unknown"]) / max(int(sums["tokens"]), 1)
+    if "questions" in sums:
+        found["questions"] = int(sums["questions"])
+        for name, count in (("accuracy", "right"), ("accuracy_per_byte", "right_per_byte")):
+            found[name] = float(sums[count]) / max(found["questions"], 1)
     if "rouge" in sums and int(sums["rouge_units"]):
         found["rouge_l"] = float(sums["rouge"]) / int(sums["rouge_units"])
     return found

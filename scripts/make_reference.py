@@ -133,7 +133,8 @@ MEANING = {
     "parameters.payload": "clients send their tunables, or the difference from what they got",
     "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted tokens)",
     "logits.form": "what is said of each public unit: `logits`, `labels` (softmax at "
-    "`temperature`), `top-k`, `statistics` (the likeliest output and its probability)",
+    "`temperature`), `top-k`, `statistics` (the likeliest output and its probability), "
+    "`features` (the hidden state that the head reads)",
     "logits.top_k": "outputs of each unit that travel with form `top-k`",
     "logits.rest": "`top-k`: who gets the probability that is missing: the k (`renormalize`), or "
     "all others evenly (`uniform`)",
@@ -141,7 +142,8 @@ MEANING = {
     "logits.loss_per": "losses of a text are compared a byte (across tokenizers nothing else can "
     "be), or a token as in FedMKT's code",
     "logits.temperature": "of the softmax in `kl`",
-    "logits.loss": "of the distillation: `kl` is T^2 KL(teacher, student), `mse` compares logits",
+    "logits.loss": "of the distillation: `kl` is T^2 KL(teacher, student), `mse` compares logits "
+    "or features, `cosine` features",
     "logits.knowledge": "how much each client's word on a public row counts: `mean` by its units "
     "as for parameters, `uniform`, `confidence` by 1 - entropy, `entropy` drops who doubts, "
     "`loss` and `least-loss` by the loss on a labelled set",
@@ -176,7 +178,7 @@ MEANING = {
     "exchange.deadline": "seconds for the answers of one step; who is later is left out of it, and "
                          "what still comes is counted and dropped. In one process nobody is late",
     "exchange.codecs": "codec by role, e.g. `{ activation = \"fp16\" }`: `none`, `fp16`, `int8` "
-    "(256 steps in a row's range), `lowrank-16` (a matrix of rank 16, for logits)",
+    "(256 steps in a row's range), `lowrank-16` (a matrix of rank 16, for logits and features)",
     "evaluation.every": "rounds between evaluations; 0: only after the last",
     "evaluation.batch_size": "rows in a batch of evaluation and of public logits",
     "evaluation.on": "which held-out rows",

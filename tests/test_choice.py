@@ -149,7 +149,7 @@ def test_a_rows_score_is_the_mean_over_its_units(task: str) -> None:
     public, model = strategy.public, strategy.model
     logits = torch.zeros(int(public.targets.sum()), model.outputs)
 
-    def take(batch: Any, found: torch.Tensor) -> None:
+    def take(batch: Any, found: torch.Tensor, features: torch.Tensor) -> None:
         logits[batch.places] = found
 
     infer([Infer(model, model.initial, public, 64, Meter(), "", take)])

@@ -187,6 +187,7 @@ def test_goals_are_labels_or_next_tokens() -> None:
 
 FORMS: dict[str, forms.Form] = {
     "logits": forms.Logits(), "labels": forms.Labels(2.0), "statistics": forms.Statistics(),
+    "features": forms.Features(),
     "top-k": forms.Top(4), "top-k, uniform": forms.Top(4, "uniform"), "all of them": forms.Top(9),
 }  # fmt: skip
 
@@ -247,6 +248,8 @@ def test_a_hostile_reply_is_no_knowledge(name: str) -> None:
     if "best" in known:
         assert form.wrong({**known, "best": known["best"] - 20}, 5, 9)
 
+
+FEATURES: dict[str, Any] = {"form": "features", "loss": "mse"}
 
 # in the loop ------------------------------------------------------------------------------------
 
@@ -391,6 +394,12 @@ def test_clusters_teach_their_own() -> None:
         ({"selective": True}, r"strategy.selective: compares losses"),
         ({"form": "top-k", "loss": "mse"}, r"strategy.loss = 'mse'"),
         ({"form": "top-k", "temperature": 4.0}, r"strategy.temperature = 4: what a top-k leaves"),
+        ({"loss": "cosine"}, r"loss = 'cosine': says nothing .* expected 'kl' or 'mse'"),
+        ({"form": "features"}, r"loss = 'kl': says nothing .* expected 'mse' or 'cosine'"),
+        ({**FEATURES, "knowledge": "confidence"}, r"'confidence': needs distributions"),
+        ({**FEATURES, "keep": 1}, r"strategy.keep = 1: needs distributions"),
+        ({**FEATURES, "clusters": 2}, r"strategy.clusters = 2: needs distributions"),
+        (FEATURES, r"teach the server's model no head"),
         ({"max_entropy": 0.5}, r"strategy.max_entropy: only with knowledge = 'entropy'"),
         ({"knowledge": "entropie"}, r"entropie.*'entropy'"),
         ({"temperature": 0.0}, r"strategy\S*.temperature"),
@@ -399,6 +408,82 @@ def test_clusters_teach_their_own() -> None:
 def test_settings_without_meaning_are_refused(strategy: dict[str, Any], said: str) -> None:
     with pytest.raises(FedllmError, match=said):
         ex.parse({"strategy": {"kind": "logits", **strategy}}, "test", Path.cwd())
+
+
+# hidden states ----------------------------------------------------------------------------------
+
+
+def test_hidden_states_disagree_by_no_measure() -> None:
+    with pytest.raises(FedllmError, match=r"public.choose = 'disagreement': needs distributions"):
+        ran(public={"choose": "disagreement", "rows_per_round": 6}, **FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("codecs", "bytes_", "strategy"),
+    [
+        ({}, 128 * 4, {}),
+        ({}, 128 * 4, {"loss": "cosine", "server_model": False}),
+        ({"feature": "fp16"}, 128 * 2, {"loss": "cosine", "label_share": 0.5}),
+        ({"feature": "int8"}, 128 + 2 * 4, {}),
+        ({"feature": "lowrank-3"}, (12 + 128) * 3 * 4 / 12, {}),
+        ({}, 128 * 4, {"knowledge": "least-loss", "selective": True}),
+    ],
+)  # fmt: skip
+def test_hidden_states_are_four_bytes_of_width(
+    codecs: dict[str, str], bytes_: float, strategy: dict[str, Any]
+) -> None:
+    """K-05: PD x d x 4 each way."""
+    server, rows = ran({"codecs": codecs}, **{**FEATURES, **strategy})
+    sent = [r for r in rows if r.role == "feature"]
+    assert sum(r.payload_bytes for r in sent) == 2 * 3 * 12 * bytes_
+    assert not payload([r for r in rows if r.step != "eval"], "logit", "parameter")
+    assert server.facts["digest_loss"] > 0
+
+
+def test_what_a_student_knows_already_costs_nothing() -> None:
+    known, places = torch.randn(6, 5), torch.tensor([2, 0, 5])
+    logits, goals = torch.randn(3, 9), torch.zeros(3, dtype=torch.long)
+    for loss in ("mse", "cosine"):
+        goal = Distillation(known, 1.0, loss, hidden=True)
+        found = goal(logits, goals, places, known[places])
+        assert torch.allclose(found, torch.zeros(3), atol=1e-6)
+        assert float(goal(logits, goals, places, known[places] + torch.randn(3, 5)).min()) > 0
+        wide = torch.randn(5, 7)
+        mapped = Distillation(known @ wide, 1.0, loss, hidden=True, projector=wide)
+        assert torch.allclose(
+            mapped(logits, goals, places, known[places]), torch.zeros(3), atol=1e-5
+        )
+
+
+@given(n=st.integers(1, 30), d=st.integers(1, 12), e=st.integers(1, 12))
+def test_the_map_between_widths_is_least_squares(n: int, d: int, e: int) -> None:
+    draw = torch.Generator().manual_seed(n)
+    f, t = (torch.randn(n, size, generator=draw, dtype=torch.float64) for size in (d, e))
+    ridge = forms.RIDGE * (f.T @ f).diagonal().mean()
+    above = torch.cat([f, ridge.sqrt() * torch.eye(d, dtype=f.dtype)])
+    expected = torch.linalg.lstsq(above, torch.cat([t, t.new_zeros(d, e)])).solution
+    assert torch.allclose(forms.projection(f.float(), t.float()).double(), expected, atol=1e-3)
+
+
+@needs_shared
+def test_widths_may_differ_between_server_and_clients_alone() -> None:
+    _, rows = ran(**FEATURES, client_models=[LLAMA])
+    sent = {step: payload([r for r in rows if r.step == step], "feature") for step in ("b3", "b7")}
+    assert sent == {"b3": 3 * 12 * 64 * 4, "b7": 3 * 12 * 128 * 4}
+    with pytest.raises(FedllmError, match="of widths 64, 128, which have no mean"):
+        ran(**FEATURES, client_models=[LLAMA, GPT2])
+    with pytest.raises(FedllmError, match="of width 64, the server's of 128"):
+        ran(**FEATURES, client_models=[LLAMA], knowledge="loss", selective=True)
+
+
+def test_hidden_states_of_text_are_matched_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of features taken chunk by chunk is that of the whole."""
+    whole, _ = ran(task="generation", **FEATURES)
+    monkeypatch.setattr("fedllm.training.fit.LOGITS", 7000)
+    some, _ = ran(task="generation", **FEATURES)
+    for name, tensor in whole.shared.items():
+        assert torch.allclose(tensor, some.shared[name], atol=1e-5)
+    assert any(not torch.equal(t, some.shared[n]) for n, t in whole.shared.items())
 
 
 # FedMKT across tokenizers -----------------------------------------------------------------------

@@ -71,13 +71,15 @@ def parameters_payload(model: LanguageModel) -> tuple[int, int]:
 
 
 def knowledge_shapes(
-    spec: ex.Logits, public: PublicSize, outputs: int
+    spec: ex.Logits, public: PublicSize, model: LanguageModel
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and role of what a model says of public rows (``strategies.forms``); all of 4 bytes."""
+    outputs = model.outputs
     units, k = public.units, min(spec.top_k or ex.TOP_K, outputs)
     forms: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {
         "logits": {"logits": ((units, outputs), "logit")},
         "labels": {"labels": ((units, outputs), "logit")},
+        "features": {"features": ((units, model.width), "feature")},
         "statistics": {"best": ((units,), "index"), "chance": ((units, 1), "logit")},
         "top-k": {"index": ((units, k), "index"), "value": ((units, k), "logit")},
     }
@@ -87,10 +89,10 @@ def knowledge_shapes(
     return found
 
 
-def knowledge_roles(spec: ex.Logits, public: PublicSize, outputs: int) -> Roles:
+def knowledge_roles(spec: ex.Logits, public: PublicSize, model: LanguageModel) -> Roles:
     """Bytes by role of what one model says of public rows."""
     found: Roles = {}
-    for shape, role in knowledge_shapes(spec, public, outputs).values():
+    for shape, role in knowledge_shapes(spec, public, model).values():
         found[role] = found.get(role, 0) + math.prod(shape) * FLOAT
     return found
 
@@ -99,7 +101,7 @@ def logits_payload(
     model: LanguageModel, public: PublicSize, spec: ex.Logits | None = None
 ) -> tuple[int, int]:
     """(up, down): what is said of the rows each way, and twice the chosen rows' numbers down."""
-    said = sum(knowledge_roles(spec or ex.Logits(), public, model.outputs).values())
+    said = sum(knowledge_roles(spec or ex.Logits(), public, model).values())
     return said, said + 2 * public.rows * INT
 
 
@@ -191,7 +193,7 @@ def break_even(
     The head is included, where it travels.  spec: the form of what is said; none: all logits.
     """
     share = {role: SHARE.get(codec, 1.0) for role, codec in (codecs or {}).items()}
-    said = knowledge_roles(spec or ex.Logits(), PublicSize(1, 1, 1), model.outputs)
+    said = knowledge_roles(spec or ex.Logits(), PublicSize(1, 1, 1), model)
     lost = said.pop("statistic", 0)
     unit = sum(size * share.get(role, 1.0) for role, size in said.items())
     row = 2 * (tokens * unit + lost) + 2 * INT

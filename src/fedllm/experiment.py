@@ -241,10 +241,11 @@ class Logits(Section):
     ``rate`` is the rate of distillation; none means the training rate.
 
     ``form`` is what is said of each public unit: all logits, softened labels, the ``top_k``
-    likeliest outputs (none: 128, or all where there are fewer), or the likeliest one and its
-    probability. ``selective`` lets a student follow others only where its own loss is not less,
-    with ``knowledge = "least-loss"`` (FedMKT, arXiv 2406.02224); losses are compared a byte of
-    text, or a token.
+    likeliest outputs (none: 128, or all where there are fewer), the likeliest one and its
+    probability, or the hidden state that the head reads (then ``loss`` is ``mse`` or ``cosine``).
+    ``selective`` lets a student follow others only where its own loss is not less, with
+    ``knowledge = "least-loss"`` (FedMKT, arXiv 2406.02224); losses are compared a byte of text, or
+    a token.
 
     ``knowledge`` weighs what clients say of each public unit; ``keep`` and ``max_entropy`` leave
     some of it out. With ``clusters`` above 1 each client is taught by those who think alike.
@@ -253,11 +254,11 @@ class Logits(Section):
     """
 
     kind: Literal["logits"] = "logits"
-    form: Literal["logits", "labels", "top-k", "statistics"] = "logits"
+    form: Literal["logits", "labels", "top-k", "statistics", "features"] = "logits"
     top_k: Positive | None = None
     rest: Literal["renormalize", "uniform"] = "renormalize"
     temperature: Rate = 1.0
-    loss: Literal["kl", "mse"] = "kl"
+    loss: Literal["kl", "mse", "cosine"] = "kl"
     knowledge: Literal["mean", "uniform", "confidence", "entropy", "loss", "least-loss"] = "uniform"
     selective: bool = False
     loss_per: Literal["byte", "token"] = "byte"
@@ -355,7 +356,7 @@ class Exchange(Section):
     deadline: Rate | None = None
     resident: bool = True
     codecs: dict[
-        Literal["parameter", "logit", "activation", "gradient"],
+        Literal["parameter", "logit", "feature", "activation", "gradient"],
         Codec,
     ] = {}
 
@@ -624,16 +625,44 @@ class Experiment(Section):
                 f"{where}.temperature = {spec.temperature:g}: what a top-k leaves out has no logit "
                 "to be softened; expected 1, or rest = 'uniform'"
             )
-        if spec.loss == "mse" and spec.form != "logits":
+        fits = {"logits": ("kl", "mse"), "features": ("mse", "cosine")}.get(spec.form, ("kl",))
+        if spec.loss not in fits:
             raise ValueError(
-                f"{where}.loss = 'mse': compares logits, which form = {spec.form!r} does not send; "
-                "expected 'kl'"
+                f"{where}.loss = {spec.loss!r}: says nothing of what form = {spec.form!r} sends; "
+                f"expected {' or '.join(map(repr, fits))}"
             )
+        if spec.form == "features":
+            self._hidden(where, spec)
         if spec.label_share is not None and not self.public.labelled:
             raise ValueError(f"{where}.label_share: only with public.labelled = true")
         if spec.max_entropy < 1 and spec.knowledge != "entropy":
             raise ValueError(
                 f"{where}.max_entropy: only with knowledge = 'entropy' (here {spec.knowledge!r})"
+            )
+
+    def _hidden(self, where: str, spec: Logits) -> None:
+        """What cannot be done with hidden states, which are no distributions."""
+        by_loss = spec.knowledge in ("loss", "least-loss")
+        doubt = {
+            f"knowledge = {spec.knowledge!r}": spec.knowledge in ("confidence", "entropy"),
+            f"keep = {spec.keep}": spec.keep and not by_loss,
+            f"clusters = {spec.clusters}": spec.clusters > 1,
+        }  # fmt: skip
+        if self.public.choose == "disagreement":
+            raise ValueError(
+                "public.choose = 'disagreement': needs distributions, and form = 'features' sends "
+                "none; expected another choice"
+            )
+        for key in (key for key, wrong in doubt.items() if wrong):
+            raise ValueError(
+                f"{where}.{key}: needs distributions, and form = 'features' sends none; expected "
+                "knowledge = 'uniform', 'mean', 'loss' or 'least-loss' and one cluster"
+            )
+        headless = self.task.kind == "classification" and spec.server_model
+        if headless and (not self.public.labelled or spec.label_share == 0):
+            raise ValueError(
+                f"{where}.form = 'features': hidden states teach the server's model no head; set "
+                "public.labelled = true and leave it a label_share, or set server_model = false"
             )
 
     def replace(self, **changes: Any) -> Experiment:

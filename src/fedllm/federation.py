@@ -259,6 +259,7 @@ def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Li
     setup = Setup(
         seed, experiment.rounds, experiment.training, experiment.evaluation, experiment.public,
         prepared.longest, _interpreters(experiment, model, prepared, others, listener),
+        _width(spec, model, others, list(prepared.clients)),
     )  # fmt: skip
     if experiment.model.cache and not experiment.training.base_dropout:
         uses = _uses(experiment, prepared, model, others)
@@ -376,6 +377,38 @@ def _client_models(
                 )
         loaded[name] = (model, theirs)
     return {client: loaded[name] for client, name in names.items()}
+
+
+def _width(
+    spec: ex.Strategy, server: LanguageModel,
+    others: Mapping[str, tuple[LanguageModel, Prepared]], clients: Sequence[str],
+) -> int:  # fmt: skip
+    """
+    Width of the hidden states that clients send; 0 where they send none.
+
+    Raises FedllmError where these do not fit one another.
+    """
+    if not (isinstance(spec, ex.Logits) and spec.form == "features"):
+        return 0
+    key = "strategy.form = 'features'"
+    models = {name: model for name, (model, _) in others.items()}
+    own = [models.get(name, server) for name in clients or models] or [server]  # a server: of all
+    for model in (server, *own):
+        if model.family is None:
+            kind = model.model.config.model_type
+            raise FedllmError(f"{key}: hidden states of a model of type {kind!r} are not known yet")
+    widths = sorted({model.width for model in own})
+    if len(widths) > 1:
+        raise FedllmError(
+            f"{key}: the clients' hidden states are of widths {', '.join(map(str, widths))}, which "
+            "have no mean; expected strategy.client_models of one width"
+        )
+    if spec.selective and widths[0] != server.width:
+        raise FedllmError(
+            f"strategy.selective with form = 'features': the clients' hidden states are of width "
+            f"{widths[0]}, the server's of {server.width}; expected the same"
+        )
+    return widths[0]
 
 
 def _interpreters(

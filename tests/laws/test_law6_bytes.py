@@ -55,6 +55,7 @@ VARIANTS = [
     {"kind": "logits", "server_model": False},
     {"kind": "logits", "form": "top-k", "top_k": 5, "knowledge": "least-loss", "selective": True},
     {"kind": "logits", "form": "statistics"},
+    {"kind": "logits", "form": "features", "loss": "mse"},
     {"kind": "activations", "cut": 1},
     {"kind": "activations", "cut": 2, "server": "per-client", "labels": "client"},
     {"kind": "activations", "cut": 2, "server": "concatenated", "average_every": 2},
@@ -75,7 +76,8 @@ def test_ledger_transport_and_formula_agree(
     spec = experiment(
         name, task, rounds=2, strategy=strategy, tunables=tunables,
         training={"epochs": 2, "rate": 0.01},
-        public={"size": 12, "rows_per_round": 7, "labelled": "knowledge" in strategy},
+        public={"size": 12, "rows_per_round": 7,
+                "labelled": bool({"knowledge", "loss"} & strategy.keys())},
         evaluation={"every": 0},
     )  # fmt: skip
     built, scale = weighed(spec)

@@ -302,8 +302,9 @@ def _inputs(core: Core, shape: Shape, back: bool) -> Inputs:
 
 
 def _follow(model: LanguageModel, goal: ex.Logits, units: int) -> Objective:
-    teacher = torch.empty((units, model.outputs), device="meta")
-    return Distillation(teacher, goal.temperature, goal.loss)
+    hidden = goal.form == "features"
+    teacher = torch.empty((units, model.width if hidden else model.outputs), device="meta")
+    return Distillation(teacher, goal.temperature, goal.loss, hidden=hidden)
 
 
 def _train(model: LanguageModel, core: Core, inputs: Inputs, objective: Objective) -> None:
@@ -313,15 +314,15 @@ def _train(model: LanguageModel, core: Core, inputs: Inputs, objective: Objectiv
     targets = torch.zeros(count, dtype=torch.long, device="meta")
     whole = any(name.startswith("model.lm_head.") for name in model.initial)
     if not core.decoder_head or whole or count * model.outputs <= LOGITS:
-        loss = objective(core.scores(features), targets, targets).mean()
+        loss = objective(core.scores(features), targets, targets, features).mean()
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         return
     leaf = features.detach().requires_grad_(features.requires_grad)
     size = max(LOGITS // model.outputs, 1)
     for i in range(0, count, size):
-        some = slice(i, i + size)
-        value = objective(core.scores(leaf[some]), targets[some], targets[some]).sum() / count
+        some, part = slice(i, i + size), leaf[i : i + size]
+        value = objective(core.scores(part), targets[some], targets[some], part).sum() / count
         if value.requires_grad:
             value.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     if leaf.grad is not None:

@@ -241,8 +241,9 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
     # of a draw at random bytes are those of the mean
     size = PublicSize(drawn, round(whole.tokens * drawn / every),
                       round(whole.units * drawn / every))  # fmt: skip
-    said = costs.knowledge_roles(spec, size, model.outputs)
-    shapes = {n: s for n, (s, _) in costs.knowledge_shapes(spec, size, model.outputs).items()}
+    said = costs.knowledge_roles(spec, size, model)
+    shapes = {n: s for n, (s, _) in costs.knowledge_shapes(spec, size, model).items()}
+    role = "feature" if spec.form == "features" else "logit"
     looked = est.in_order(rows, experiment.evaluation.batch_size)
     learnt = est.anew(rows, spec.batch_size or training.batch_size, data.longest, spec.epochs)
     shown = experiment.rounds * drawn
@@ -276,9 +277,9 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
         for times, tell, asks in ((1 - tells, {}, {}), (tells, told, {"histogram": 1})):
             frames.add("down", "b1", "know", "index", times, {"rows": (drawn,)}, public="0" * 16,
                        **asks)  # fmt: skip
-            frames.add("up", "b3", "", "logit", times, {**shapes, **tell}, weight=float(drawn),
+            frames.add("up", "b3", "", role, times, {**shapes, **tell}, weight=float(drawn),
                        loss=LOSS)  # fmt: skip
-        frames.add("down", "b7", "digest", "logit", sent={**shapes, "rows": (drawn,)})
+        frames.add("down", "b7", "digest", role, sent={**shapes, "rows": (drawn,)})
         frames.add("up", "b8", loss=LOSS)
         flops, memory, kept, begin = _fitting(est, crowd, data)
         more, most, beside, peak = public(begin, share)

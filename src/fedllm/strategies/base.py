@@ -37,6 +37,7 @@ class Setup:
     longest: int
     # of clients with another tokenizer than the server's: to the server, and back
     interpreters: Mapping[str, tuple[Interpreter, Interpreter]] = field(default_factory=dict)
+    width: int = 0  # of the clients' hidden states, where these are what they say
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def looked(
     whose, units = row_of(rows), torch.from_numpy(rows.targets)
     means: list[Tensor] = []
 
-    def take(batch: Batch, logits: Tensor) -> None:
+    def take(batch: Batch, logits: Tensor, features: Tensor) -> None:
         found = score(logits, batch.targets).cpu()
         if not means:
             means.append(found.new_zeros((len(rows), *found.shape[1:])))

@@ -2,7 +2,8 @@
 Forms of knowledge: what is said of each public unit (Yan et al., sections II-B and IV-B2).
 
 A form turns logits into the tensors that travel, and these back into something that a softmax
-reads like logits. Everything else of the logits strategy is the same for all of them.
+reads like logits; or it says the hidden states that logits are made of. Everything else of the
+logits strategy is the same for all of them.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ class Form(Protocol):
         ...
 
     def encode(self, logits: Tensor) -> Known:
-        """[n, outputs] -> tensors [n, ...]."""
+        """[n, outputs] (``Features``: [n, width]) -> tensors [n, ...]."""
         ...
 
     def decode(self, known: Mapping[str, Tensor], outputs: int) -> Tensor:
-        """Tensors [n, ...] -> float32 [n, outputs]."""
+        """Tensors [n, ...] -> float32 of the same shape."""
         ...
 
     def wrong(self, known: Mapping[str, Tensor], units: int, outputs: int) -> str:
@@ -84,10 +85,57 @@ class Logits:
 
     def wrong(self, known: Mapping[str, Tensor], units: int, outputs: int) -> str:
         """Another shape, or numbers that no model says and that would end the server's training."""
-        said = shaped(known, logits=((units, outputs), torch.float32))
-        if not said and units and float(known["logits"].abs().max()) > LARGE:
-            return f"sent logits beyond {LARGE:g}"
-        return said
+        return _bounded(known, "logits", (units, outputs))
+
+
+def _bounded(known: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> str:
+    said = shaped(known, **{name: (shape, torch.float32)})
+    if not said and shape[0] and float(known[name].abs().max()) > LARGE:
+        return f"sent {name} beyond {LARGE:g}"
+    return said
+
+
+class Features:
+    """
+    The hidden states that the head reads (K-05): 4 bytes a unit of width, whatever the outputs.
+
+    A student is fitted to them with its own hidden states, and with a map where widths differ
+    (``projection``). They teach no head.
+    """
+
+    linear: ClassVar[bool] = True
+    parts: ClassVar[Mapping[str, Role]] = {"features": Role.FEATURE}
+
+    def encode(self, logits: Tensor) -> Known:
+        """Themselves: what is given are hidden states."""
+        return {"features": logits}
+
+    def decode(self, known: Mapping[str, Tensor], outputs: int) -> Tensor:
+        """Themselves."""
+        return known["features"]
+
+    def wrong(self, known: Mapping[str, Tensor], units: int, outputs: int) -> str:
+        """Another shape than [units, width], or numbers too large; outputs: the width."""
+        return _bounded(known, "features", (units, outputs))
+
+
+RIDGE = 1e-3
+
+
+def projection(student: Tensor, teacher: Tensor) -> Tensor:
+    """
+    The map from a student's features [n, d] to a teacher's [n, e]: float32 [d, e].
+
+    P = argmin |F P - T|^2 + r |P|^2 = (F'F + r I)^-1 F'T with r = 0.001 of the mean of F'F's
+    diagonal: fitted once, on all public units, before a distillation, and fixed in it. So
+    no optimizer has a say in it, and the student, not the map, has to come nearer. With fewer units
+    than d the map alone fits nearly all of them, and there is little left to be learnt.
+    """
+    f, t = student.double(), teacher.double()
+    gram = f.T @ f
+    ridge = RIDGE * gram.diagonal().mean().clamp_min(TINY)
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram + ridge * eye, f.T @ t).float()
 
 
 @dataclass(frozen=True)
@@ -193,6 +241,8 @@ def form_of(spec: ex.Logits) -> Form:
         return Labels(spec.temperature)
     if spec.form == "statistics":
         return Statistics()
+    if spec.form == "features":
+        return Features()
     return Top(spec.top_k or ex.TOP_K, spec.rest) if spec.form == "top-k" else Logits()
 
 
@@ -217,9 +267,9 @@ def look(
     known: Known = {}
     units, losses = int(rows.targets.sum()), torch.zeros(int(rows.targets.sum()))
 
-    def take(batch: Batch, logits: Tensor) -> None:
+    def take(batch: Batch, logits: Tensor, features: Tensor) -> None:
         places = batch.places.cpu()
-        for name, part in form.encode(logits).items():
+        for name, part in form.encode(features if isinstance(form, Features) else logits).items():
             if name not in known:
                 known[name] = part.new_zeros((units, *part.shape[1:]), device="cpu")
             known[name][places] = part.cpu()
@@ -248,7 +298,7 @@ class Teacher:
     outputs: int
 
     def __getitem__(self, places: Tensor) -> Tensor:
-        """[n, outputs] of these units."""
+        """[n, outputs], or [n, width], of these units."""
         return self.form.decode({n: self.known[n][places] for n in self.form.parts}, self.outputs)
 
     def to(self, device: torch.device) -> Teacher:

@@ -25,10 +25,12 @@ from fedllm.strategies import choice
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
 from fedllm.strategies.forms import (
     LOSS,
+    Features,
     Known,
     Teacher,
     form_of,
     look,
+    projection,
     roles,
     row_of,
     shaped,
@@ -64,6 +66,8 @@ class Logits:
                 f"expected 1 to {model.outputs}"
             )
         self.rule, self.form = KNOWLEDGE[options.knowledge], form_of(options)
+        self.hidden = isinstance(self.form, Features)
+        self.columns = setup.width if self.hidden else model.outputs  # of what clients say
         by_loss = options.selective or options.knowledge in ("loss", "least-loss")
         per = "token" if model.classification else options.loss_per
         self.per = per if by_loss else ""
@@ -145,7 +149,7 @@ class Logits:
                 return f"sent {LOSS!r} below 0"
         if choice.HISTOGRAM in parts and (said := choice.misfit(known, self.model.outputs)):
             return said
-        units, outputs = int(self.public.targets[rows].sum()), self.model.outputs
+        units, outputs = int(self.public.targets[rows].sum()), self.columns
         if reply.client in self.setup.interpreters:
             way, _ = self.setup.interpreters[reply.client]
             units, outputs = way.units(rows), way.outputs
@@ -183,7 +187,7 @@ class Logits:
         rule: rules.Rule | None = None, outputs: int = 0,
     ) -> Known:  # fmt: skip
         """What these say together, in the form in which they said it; outputs: not the server's."""
-        spec, outputs = self.options, outputs or self.model.outputs
+        spec, outputs = self.options, outputs or self.columns
         weigh = rule or self.rule
         by_loss = spec.knowledge in ("loss", "least-loss")
         pieces = []
@@ -268,20 +272,25 @@ class Logits:
         self, model: LanguageModel, tunables: Group, public: Examples, known: Known, who: str,
         round: int, meter: Meter, step: str,
     ) -> Tasked[Trained]:  # fmt: skip
-        """b5 and b8: fit the model to the teacher's logits of these public rows."""
+        """b5 and b8: fit the model to the teacher's logits or features of these public rows."""
         options, training = self.options, self.setup.training
         plan = Plan(
             public, options.batch_size or training.batch_size, training.padding,
             self.setup.longest, (self.setup.seed, who, "public", round), str(model.device),
         )  # fmt: skip
+        projector = None
+        if self.hidden and known["features"].shape[1] != model.width:
+            size = self.setup.evaluation.batch_size
+            own = yield from look(self.form, model, tunables, public, size, meter, step)
+            projector = projection(own["features"], known["features"]).to(model.device)
         share = options.label_share
-        teacher = Teacher(self.form, known, model.outputs).to(model.device)
+        labels, weight = (1.0, 1.0) if share is None else (share, 1 - share)
         if not self.setup.public.labelled:
-            goal = Distillation(teacher, options.temperature, options.loss)
-        elif share is None:
-            goal = Distillation(teacher, options.temperature, options.loss, 1.0)
-        else:
-            goal = Distillation(teacher, options.temperature, options.loss, share, 1 - share)
+            labels = 0.0
+        goal = Distillation(
+            Teacher(self.form, known, model.outputs).to(model.device), options.temperature,
+            options.loss, labels, weight, self.hidden, projector,
+        )  # fmt: skip
         result: Trained = yield Fit(
             model, tunables, plan, goal, training, 0, plan.per_pass * options.epochs,
             Span(round - 1, self.setup.rounds), meter, step, rate=options.rate,

@@ -33,7 +33,7 @@ def likelihoods(
     """Each row's sum of ln p over its predicted tokens: [rows], in nats."""
     found = torch.zeros(len(examples), dtype=torch.float64)
 
-    def take(batch: Batch, logits: Tensor) -> None:
+    def take(batch: Batch, logits: Tensor, features: Tensor) -> None:
         rows = np.repeat(batch.row_numbers, examples.targets[batch.row_numbers])
         each = F.cross_entropy(logits, batch.targets, reduction="none").double().cpu()
         found.index_add_(0, torch.from_numpy(rows), each, alpha=-1)
@@ -74,7 +74,7 @@ def statistics(
     confusion = torch.zeros((wide, wide), dtype=torch.int32)
     losses: list[float] = []
 
-    def take(batch: Batch, logits: Tensor) -> None:
+    def take(batch: Batch, logits: Tensor, features: Tensor) -> None:
         losses.append(float(F.cross_entropy(logits, batch.targets, reduction="sum")))
         if classes:
             pairs = (batch.targets * model.outputs + logits.argmax(-1)).cpu()

@@ -157,24 +157,28 @@ def _train_pass(
         if core.decoder_head and not whole and len(features) * job.model.outputs > LOGITS:
             losses, goal = _in_chunks(core, features, pack, units)
         else:
-            losses = _losses(core.scores(features), pack, units)
+            losses = _losses(core.scores(features), features, pack, units)
             goal = losses.sum()
         if goal.requires_grad:
             goal.backward()  # type: ignore[no-untyped-call]
     return [float(loss) for loss in losses.detach().tolist()]
 
 
-def _losses(logits: Tensor, pack: Sequence[_Fitting], units: list[int]) -> Tensor:
+def _losses(
+    logits: Tensor, features: Tensor, pack: Sequence[_Fitting], units: list[int]
+) -> Tensor:  # fmt: skip
     """Each client's mean loss over its units: [clients]."""
     objective = pack[0].job.objective
     if all(fitting.job.objective is objective for fitting in pack):
         targets = torch.cat([fitting.batch.targets for fitting in pack])
         places = torch.cat([fitting.batch.places for fitting in pack])
-        parts = torch.split(objective(logits, targets, places), units)
+        parts = torch.split(objective(logits, targets, places, features), units)
     else:
         parts = tuple(
-            fitting.job.objective(part, fitting.batch.targets, fitting.batch.places)
-            for fitting, part in zip(pack, torch.split(logits, units), strict=True)
+            fitting.job.objective(part, fitting.batch.targets, fitting.batch.places, hidden)
+            for fitting, part, hidden in zip(
+                pack, torch.split(logits, units), torch.split(features, units), strict=True
+            )
         )
     return torch.stack([part.mean() for part in parts])
 
@@ -195,7 +199,8 @@ def _in_chunks(
         pieces = []
         for i in range(0, len(part), size):
             chunk = slice(i, i + size)
-            value = fitting.job.objective(core.scores(part[chunk]), targets[chunk], places[chunk])
+            some = part[chunk]
+            value = fitting.job.objective(core.scores(some), targets[chunk], places[chunk], some)
             value = value.sum() / len(part)
             if value.requires_grad:
                 value.backward(retain_graph=True)  # type: ignore[no-untyped-call]

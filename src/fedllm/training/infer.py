@@ -1,4 +1,4 @@
-"""Logits without gradients, for evaluation and for what is known of a public set."""
+"""Passes without gradients, for evaluation and for what is known of a public set."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def infer(jobs: list[Infer]) -> list[Any]:
 
 
 def _look(pack: list[_Inferring]) -> None:
-    """One batch of each: their logits, handed over."""
+    """One batch of each: their logits and features, handed over."""
     model, core = pack[0].job.model, pack[0].core
     members = [one.member for one in pack]
 
@@ -86,12 +86,15 @@ def _look(pack: list[_Inferring]) -> None:
     with passing(core, "forward", members, probe):
         tunables = stack([one.tunables for one in pack])
         inputs = beside([member.batch.inputs for member in members])
-        logits = core.apply_to(tunables, inputs).float()
-    parts = torch.split(logits, [member.batch.units for member in members])
+        with core.holding(tunables):
+            features = core.features(inputs)
+            logits = core.scores(features)
+    units = [member.batch.units for member in members]
+    parts = zip(torch.split(logits, units), torch.split(features.float(), units), strict=True)
     with charged(members):
         for one, part in zip(pack, parts, strict=True):
             try:
-                one.job.take(one.member.batch, part)
+                one.job.take(one.member.batch, *part)
             except Exception as error:
                 one.error = error
     for one, member in zip(pack, members, strict=True):

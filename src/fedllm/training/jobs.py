@@ -55,7 +55,11 @@ class Trained:
 
 @dataclass(eq=False)
 class Infer:
-    """Logits of all examples, batch by batch, handed to ``take``; without gradients."""
+    """
+    Logits and features of all examples, batch by batch, handed to ``take``; without gradients.
+
+    Features [units, width] are the hidden states that the logits were made of.
+    """
 
     model: LanguageModel
     tunables: Mapping[str, Tensor]
@@ -63,7 +67,7 @@ class Infer:
     size: int
     meter: Meter
     step: str
-    take: Callable[[Batch, Tensor], None]
+    take: Callable[[Batch, Tensor, Tensor], None]
 
 
 @dataclass(eq=False)

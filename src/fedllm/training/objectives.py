@@ -1,4 +1,4 @@
-"""What is minimized: functions of (logits, batch), one value for each of the batch's units."""
+"""What is minimized: functions of what a pass gives, one value for each of the batch's units."""
 
 from __future__ import annotations
 
@@ -9,31 +9,38 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits [units, outputs], targets [units], places [units]) -> loss of each unit [units]."""
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""
+(logits [units, outputs], targets [units], places [units], features [units, width]) -> loss of each
+unit [units]. Features are the hidden states that the logits were made of.
+"""
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, places: Tensor) -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, places: Tensor, features: Tensor | None = None
+) -> Tensor:
     """Of classes or of next tokens."""
     return F.cross_entropy(logits, targets, reduction="none")
 
 
 class Known(Protocol):
-    """A teacher's logits, or what gives them when they are asked for."""
+    """A teacher's logits or features, or what gives them when they are asked for."""
 
     def __getitem__(self, places: Tensor, /) -> Tensor:
-        """[n, outputs] of these units."""
+        """[n, outputs] or [n, width] of these units."""
         ...
 
 
 @dataclass(frozen=True)
 class Distillation:
     """
-    Follow a teacher's logits (steps b5 and b8).
+    Follow a teacher's logits or features (steps b5 and b8).
 
-    kl: T^2 KL(softmax(teacher / T) || softmax(student / T)); mse: squared difference of logits.
-    teacher: [units of the whole set, outputs].  label_weight: of an added cross-entropy on the
-    set's own labels, for a public set that is labelled.  weight: of following the teacher.
+    kl: T^2 KL(softmax(teacher / T) || softmax(student / T)); mse: mean squared difference of
+    logits or features; cosine: 1 - cos of the angle between features.
+    teacher: [units of the whole set, outputs or width].  label_weight: of an added cross-entropy
+    on the set's own labels, for a public set that is labelled.  weight: of following the teacher.
+    hidden: features are compared.  projector: [student's width, teacher's], where these differ.
     """
 
     teacher: Known
@@ -41,12 +48,23 @@ class Distillation:
     loss: str
     label_weight: float = 0.0
     weight: float = 1.0
+    hidden: bool = False
+    projector: Tensor | None = None
 
-    def __call__(self, logits: Tensor, targets: Tensor, places: Tensor) -> Tensor:
+    def __call__(
+        self, logits: Tensor, targets: Tensor, places: Tensor, features: Tensor | None = None
+    ) -> Tensor:
         """The loss of each unit."""
-        goal = self.teacher[places]
+        goal, student = self.teacher[places], logits
+        if self.hidden:
+            assert features is not None
+            student = features.float()  # a pass in half precision gives them as it has them
+            if self.projector is not None:
+                student = student @ self.projector
         if self.loss == "mse":
-            value = (logits - goal).square().mean(-1)
+            value = (student - goal).square().mean(-1)
+        elif self.loss == "cosine":
+            value = 1 - F.cosine_similarity(student, goal, dim=-1)
         else:
             value = self.temperature**2 * F.kl_div(
                 F.log_softmax(logits / self.temperature, dim=-1),

@@ -130,7 +130,10 @@ MEANING = {
     "training.padding": "`bucket`: rows of similar length meet in a batch; `longest`: random "
                         "batches, padded to their longest row; `fixed`: padded to the longest "
                         "example allowed",
-    "parameters.payload": "clients send their tunables, or the difference from what they got",
+    "parameters.payload": "clients send their tunables, or the difference from what they got "
+    "(`delta`); `change`: that, and the server sends what changed since the first values",
+    "parameters.mentor": "a larger model that each client keeps for itself: it and the common one "
+    "teach each other (FedKD)",
     "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted tokens)",
     "logits.form": "what is said of each public unit: `logits`, `labels` (softmax at "
     "`temperature`), `top-k`, `statistics` (the likeliest output and its probability), "
@@ -178,7 +181,8 @@ MEANING = {
     "exchange.deadline": "seconds for the answers of one step; who is later is left out of it, and "
                          "what still comes is counted and dropped. In one process nobody is late",
     "exchange.codecs": "codec by role, e.g. `{ activation = \"fp16\" }`: `none`, `fp16`, `int8` "
-    "(256 steps in a row's range), `lowrank-16` (a matrix of rank 16, for logits and features)",
+    "(256 steps in a row's range), `lowrank-16` (a matrix of rank 16), `energy-95` (the least rank "
+    "with 95 % of a matrix's energy); `energy-95-98` rises from the first round to the last",
     "evaluation.every": "rounds between evaluations; 0: only after the last",
     "evaluation.batch_size": "rows in a batch of evaluation and of public logits",
     "evaluation.on": "which held-out rows",

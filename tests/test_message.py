@@ -155,6 +155,7 @@ ERROR: dict[str, Callable[[Tensor], Tensor]] = {  # at most, for each number
     "none": torch.zeros_like,
     "fp16": lambda x: x.abs() * 2**-11 + 1e-7,
     "int8": lambda x: ((x.amax(-1, True) - x.amin(-1, True)) / 510 * 1.001).expand_as(x),
+    "energy-3": lambda x: (0.97**0.5 * x.norm() * 1.001).expand_as(x),
     "lowrank-3": lambda x: torch.linalg.svdvals(x.reshape(-1, x.shape[-1]))[3:].norm() * 1.001
     + 1e-5 + torch.zeros_like(x),
 }  # fmt: skip
@@ -193,6 +194,23 @@ def test_low_rank_is_as_good_as_the_values_that_it_drops(n: int, c: int, q: int)
     assert lost == pytest.approx(float(dropped), rel=1e-3, abs=1e-6)
 
 
+@given(n=st.integers(2, 40), c=st.integers(2, 40), last=st.integers(1, 100), at=st.floats(0, 1))
+def test_enough_energy_is_kept(n: int, c: int, last: int, at: float) -> None:
+    """K-03: of every matrix at least T, so that it errs by sqrt(1 - T); and no rank too many."""
+    draw = torch.Generator().manual_seed(n * 100 + c)
+    z = torch.randn(n, c, generator=draw) @ torch.diag(0.7 ** torch.arange(c))
+    share = (90 + (last - 90) * at) / 100
+    _, parts = codec(f"energy-90-{last}", at).encode({}, z)
+    found = codec("energy-50").decode(parts)  # who decodes need not know the round
+    assert float((found - z).norm() / z.norm()) <= math.sqrt(1 - share) + 1e-5
+    assert sum(part.numel() for part in parts.values()) <= n * c
+    if "left" in parts:
+        q = parts["left"].shape[1]
+        energy = torch.linalg.svdvals(z.double()).square()
+        assert float(energy[: q - 1].sum() / energy.sum()) < share + 1e-9
+        assert float(energy[:q].sum() / energy.sum()) >= share - 1e-9
+
+
 def test_parts_that_do_not_fit_are_refused() -> None:
     """From another machine anything may come."""
     large = {"left": torch.ones(2**15, 1), "right": torch.ones(1, 2**15)}
@@ -221,7 +239,8 @@ def test_who_sends_does_not_choose_the_codec() -> None:
     assert torch.allclose(decode(frame, {"logit": "lowrank-2"})[0].tensors["z"], x)
 
 
-@pytest.mark.parametrize("name", ["lowrank", "lowrank-0", "lowrank-x", "fp15", "topk"])
+@pytest.mark.parametrize("name", ["lowrank", "lowrank-0", "lowrank-x", "fp15", "topk", "energy-101",
+                                  "energy-95-", "energy-9-9-9"])  # fmt: skip
 def test_codecs_that_there_are_not(name: str) -> None:
     with pytest.raises(FedllmError, match="unknown codec"):
         codec(name)
@@ -230,7 +249,7 @@ def test_codecs_that_there_are_not(name: str) -> None:
 
 
 def test_the_experiment_knows_every_codec() -> None:
-    assert (tuple(CODECS), tuple(SIZED)) == (ex.CODECS, ex.SIZED)
+    assert (tuple(CODECS), tuple(SIZED)) == (ex.CODECS, tuple(ex.SIZED))
 
 
 def test_an_unknown_codec_is_refused() -> None:

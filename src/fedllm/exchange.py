@@ -28,12 +28,15 @@ Handler = Callable[[dict[str, Message]], dict[str, Message | Failure]]
 FAILED = "failed"
 
 
-def encode(message: Message, codecs: Mapping[str, str]) -> tuple[bytes, Message, dict[str, str]]:
+def encode(
+    message: Message, codecs: Mapping[str, str], rounds: int = 1
+) -> tuple[bytes, Message, dict[str, str]]:
     """
     Message -> (frame, the message as it travels, codecs by tensor).
 
-    Each tensor goes through the codec of its role.
+    Each tensor goes through the codec of its role, which may change over the run's ``rounds``.
     """
+    progress = min(max(message.round - 1, 0) / max(rounds - 1, 1), 1.0)
     tensors, roles, used = {}, {}, {}
     for name, tensor in message.tensors.items():
         role = message.roles[name]
@@ -41,7 +44,7 @@ def encode(message: Message, codecs: Mapping[str, str]) -> tuple[bytes, Message,
         if codec == "none" or not tensor.is_floating_point():
             tensors[name], roles[name] = tensor, role
             continue
-        _, parts = codec_of(codec).encode({}, tensor)
+        _, parts = codec_of(codec, progress).encode({}, tensor)
         for part, value in parts.items():
             tensors[f"{name}//{part}"] = value
             roles[f"{name}//{part}"] = role
@@ -145,15 +148,15 @@ class Exchange:
         codecs: Mapping[str, str] | None = None, minimum: int | None = None,
         listen: Listen | None = None, measured: Measured | None = None,
         clock: Callable[[], float] = time.perf_counter, deadline: float | None = None,
-        tell: Callable[[str], None] | None = None,
+        tell: Callable[[str], None] | None = None, rounds: int = 1,
     ) -> None:  # fmt: skip
         """
         minimum: replies without which a step fails (None: all).  listen: (step, client, rows)
         for a progress line.  clock: seconds of the server's own work.  deadline: seconds for the
-        answers of one step.  tell: hears of every failure.
+        answers of one step.  tell: hears of every failure.  rounds: of the run.
         """
         self.transport, self.ledger, self.run, self.base = transport, ledger, run, base
-        self.codecs = dict(codecs or {})
+        self.codecs, self.rounds = dict(codecs or {}), rounds
         self.minimum = minimum
         self.listen = listen or (lambda step, client, rows: None)
         self.deadline, self.tell = deadline, tell or (lambda text: None)
@@ -200,7 +203,7 @@ class Exchange:
             )  # fmt: skip
             # what is evaluated is the model itself, not what a codec makes of it
             codecs = {} if message.task == "evaluate" else self.codecs
-            frame, wire, used = encode(message, codecs)
+            frame, wire, used = encode(message, codecs, self.rounds)
             self._frame(len(frame), wire, used, client, "down", cohort)
             self.listen(message.step, client, 0)
             waiting[self.transport.post(client, frame)] = (client, message)
@@ -343,10 +346,16 @@ def _parts(wire: Message, name: str) -> list[str]:
 class Endpoint:
     """The clients' end: frames in, frames out, around a worker's ``handle``."""
 
-    def __init__(self, handle: Handler, codecs: Mapping[str, str] | None = None) -> None:
-        """``handle``: many clients' messages in, as many replies or failures out."""
+    def __init__(
+        self, handle: Handler, codecs: Mapping[str, str] | None = None, rounds: int = 1
+    ) -> None:
+        """
+        ``handle``: many clients' messages in, as many replies or failures out.
+
+        rounds: of the run.
+        """
         self.handle = handle
-        self.codecs = dict(codecs or {})
+        self.codecs, self.rounds = dict(codecs or {}), rounds
 
     def __call__(self, frames: Mapping[str, Frame]) -> dict[str, bytes]:
         """Answer every client's frame; a failure travels as a frame, too."""
@@ -360,5 +369,5 @@ class Endpoint:
                 reply, client=client, run=request.run, round=request.round, id=request.id,
                 attempt=request.attempt, base=request.base,
             )  # fmt: skip
-            answers[client] = encode(stamped, self.codecs)[0]
+            answers[client] = encode(stamped, self.codecs, self.rounds)[0]
         return answers

@@ -221,11 +221,17 @@ class Training(Section):
 
 
 class Parameters(Section):
-    """Clients exchange tunables (steps a1 to a4)."""
+    """
+    Clients exchange tunables (steps a1 to a4).
+
+    ``mentor`` is a larger model that each client has for itself, reading the same tokens: it and
+    the experiment's model teach each other, and only the latter travels (FedKD, arXiv 2108.13323).
+    """
 
     kind: Literal["parameters"] = "parameters"
-    payload: Literal["value", "delta"] = "value"
+    payload: Literal["value", "delta", "change"] = "value"
     aggregation: Literal["mean", "uniform"] = "mean"
+    mentor: str | None = None
 
 
 TOP_K = 128
@@ -334,13 +340,25 @@ Strategy = Annotated[
 ]
 
 
+CODECS = ("none", "fp16", "int8")  # of ``codecs``; it loads torch
+SIZED = {"lowrank": 999_999, "energy": 100}  # with a number, at most this
+
+
+def sized(name: str) -> tuple[str, int, int] | None:
+    """``energy-95-98`` -> ("energy", 95, 98); ``lowrank-16`` -> ("lowrank", 16, 16); else None."""
+    found = re.fullmatch(r"([a-z]+)-([1-9]\d{0,5})(?:-([1-9]\d{0,5}))?", name)
+    if found is None or found[1] not in SIZED:
+        return None
+    first, last = int(found[2]), int(found[3] or found[2])
+    return (found[1], first, last) if max(first, last) <= SIZED[found[1]] else None
+
+
 def _codec(name: str) -> str:
-    if name not in CODECS and not re.fullmatch(rf"({'|'.join(SIZED)})-[1-9]\d{{0,5}}", name):
+    if name not in CODECS and sized(name) is None:
         raise ValueError(f"unknown codec; {nearest(name, [*CODECS, *(f'{k}-16' for k in SIZED)])}")
     return name
 
 
-CODECS, SIZED = ("none", "fp16", "int8"), ("lowrank",)  # of ``codecs``; it loads torch
 Codec = Annotated[str, AfterValidator(_codec)]
 
 
@@ -552,6 +570,10 @@ class Experiment(Section):
         for where, spec in (("strategy", self.strategy), ("compare.logits", self.compare.logits)):
             if isinstance(spec, Logits):
                 self._taught(where, spec)
+        parts = (("strategy", self.strategy), ("compare.parameters", self.compare.parameters))
+        for where, part in parts:
+            if isinstance(part, Parameters) and part.mentor is not None:
+                self._mentored(where)
         if not self.exchange.resident and self.strategy.kind == "activations":
             raise ValueError(
                 "exchange.resident = false: activations cross for every batch, for which sites "
@@ -638,6 +660,16 @@ class Experiment(Section):
         if spec.max_entropy < 1 and spec.knowledge != "entropy":
             raise ValueError(
                 f"{where}.max_entropy: only with knowledge = 'entropy' (here {spec.knowledge!r})"
+            )
+
+    def _mentored(self, where: str) -> None:
+        """What a mentor cannot do yet."""
+        if self.task.kind != "classification":
+            raise ValueError(f"{where}.mentor: for task.kind = 'classification' only so far")
+        if self.tunables.head == "personal":
+            raise ValueError(
+                f"{where}.mentor: the common model needs its head; expected tunables.head = "
+                "'shared' or 'frozen'"
             )
 
     def _hidden(self, where: str, spec: Logits) -> None:
@@ -742,7 +774,7 @@ class FederationFile(Section):
 
 
 PATHS = (("model", "name"), ("model", "tokenizer"), ("simulation", "source"),
-         ("simulation", "test"), ("public", "source"))  # fmt: skip
+         ("simulation", "test"), ("public", "source"), ("strategy", "mentor"))  # fmt: skip
 _VARIABLE = re.compile(r"(\$?)\$\{(\w+)(?::-([^}]*))?\}")
 NO_RUN = ("plan",)  # sections that no run looks at
 
@@ -986,6 +1018,10 @@ def _resolve_all(values: dict[str, Any], folder: Path) -> None:
             name = f"{section}.{key}"
             if isinstance(axis, dict) and isinstance(axis.get(name), list | tuple):
                 axis[name] = [_named(value, folder) for value in axis[name]]
+            for part in axis.get(section, ()) if isinstance(axis, dict) else ():
+                _resolve(part, key, folder)  # of a whole section
+    if isinstance(compare, dict):
+        _resolve(compare.get("parameters"), "mentor", folder)
     for strategy in (values.get("strategy"), isinstance(compare, dict) and compare.get("logits")):
         if not isinstance(strategy, dict):
             continue

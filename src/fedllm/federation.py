@@ -32,6 +32,7 @@ from fedllm.round import Federation
 from fedllm.states import States
 from fedllm.strategies import ServerState, Setup, Site, Strategy, build
 from fedllm.strategies.logits import NO_PUBLIC
+from fedllm.strategies.parameters import Parameters
 from fedllm.summary import summarize, variant
 from fedllm.training.cohort import cohort_size, stackable
 from fedllm.training.known import Use, remember
@@ -202,7 +203,8 @@ def assemble(
     if remote is None:
         worker = host(half, experiment, prepared, run, listener)
         size = experiment.simulation.cohort or cohort_size(model, experiment.training)
-        transport = Local(list(worker.sites), Endpoint(worker.handle, spec.codecs), size)  # type: ignore[arg-type]
+        endpoint = Endpoint(worker.handle, spec.codecs, experiment.rounds)  # type: ignore[arg-type]
+        transport = Local(list(worker.sites), endpoint, size)
         clients = worker
     else:
         transport = remote
@@ -212,6 +214,7 @@ def assemble(
     exchange = Exchange(
         transport, ledger, run, model.base_hash, spec.codecs,  # type: ignore[arg-type]
         spec.minimum_replies, listener.step, prepared.measured, clock, spec.deadline, listener.note,
+        experiment.rounds,
     )  # fmt: skip
     if isinstance(clients, Distant):
         clients.exchange = exchange
@@ -235,7 +238,9 @@ class Half:
 
     @property
     def bases(self) -> dict[str, str]:
-        """Hashes of the clients' own models."""
+        """Hashes of the clients' own models; a mentor is nobody's business but its client's."""
+        if isinstance(self.strategy, Parameters):
+            return {}
         return {name: model.base_hash for name, (model, _) in self.others.items()}
 
 
@@ -256,6 +261,9 @@ def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Li
 
     model = base_model()
     others = _client_models(experiment, seed, base_model, model, prepared, listener)
+    if isinstance(spec, ex.Parameters) and spec.mentor is not None and len(prepared.clients):
+        mentor = _mentor(experiment, spec.mentor, base_model, prepared)
+        others = dict.fromkeys(prepared.clients, (mentor, prepared))
     setup = Setup(
         seed, experiment.rounds, experiment.training, experiment.evaluation, experiment.public,
         prepared.longest, _interpreters(experiment, model, prepared, others, listener),
@@ -315,7 +323,8 @@ def _uses(
             yield Use(data.public, rounds * (drawn or len(data.public)))
 
     here = list(prepared.clients)
-    found = [(model, seen(prepared, here, {name for name in here if name not in others}))]
+    mentored = isinstance(experiment.strategy, ex.Parameters)  # they train the common model, too
+    found = [(model, seen(prepared, here, {n for n in here if mentored or n not in others}))]
     for own, theirs in {id(model): (model, data) for model, data in others.values()}.values():
         names = [name for name in here if name in others and others[name][0] is own]
         if names:
@@ -377,6 +386,36 @@ def _client_models(
                 )
         loaded[name] = (model, theirs)
     return {client: loaded[name] for client, name in names.items()}
+
+
+def _mentor(
+    experiment: ex.Experiment, name: str, base_model: Callable[[str], LanguageModel],
+    prepared: Prepared,
+) -> LanguageModel:  # fmt: skip
+    """
+    The model that each client has beside the common one, and that sees the same batches.
+
+    Raises FedllmError where it does not read the same tokens.
+    """
+    theirs = load_tokenizer(experiment.model, name).get_vocab()
+    if theirs != prepared.tokenizer.get_vocab():
+        raise FedllmError(
+            f"strategy.mentor = {name!r}: has another tokenizer than {experiment.model.name!r}; "
+            "expected a model that reads the same tokens, such as NAME#2 of the same NAME"
+        )
+    if (most := positions(experiment, name)) < prepared.longest:
+        raise FedllmError(
+            f"strategy.mentor = {name!r}: reads {most} tokens, examples have up to "
+            f"{prepared.longest}; set data.max_tokens = {most}"
+        )
+    found = base_model(name)
+    if found.family is None:
+        kind = found.model.config.model_type
+        raise FedllmError(
+            f"strategy.mentor = {name!r}: nobody knows yet where a model of type {kind!r} has its "
+            "hidden states"
+        )
+    return found
 
 
 def _width(

@@ -50,7 +50,9 @@ class Hosted:
         self._worker.discreet = True
         mine = self._worker.sites[site.name]
         self.rows = len(mine.train), mine.test.cases
-        self._endpoint = Endpoint(self._worker.handle, experiment.exchange.codecs)  # type: ignore[arg-type]
+        self._endpoint = Endpoint(
+            self._worker.handle, experiment.exchange.codecs, experiment.rounds  # type: ignore[arg-type]
+        )  # fmt: skip
         self._states = folder / "states"
         self._worker.states.attach(self._states)
         self._audit, self._paused = folder / "audit.jsonl", folder / "paused.json"

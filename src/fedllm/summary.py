@@ -25,6 +25,8 @@ def variant(experiment: ex.Experiment) -> str:
         cut = spec.cut or "half"
         home = ", labels at the client" if spec.labels == "client" else ""
         return f"activations ({spec.server}, cut {cut}{home})"
+    if isinstance(spec, ex.Parameters) and spec.mentor is not None:
+        return "parameters (with mentors)"
     if isinstance(spec, ex.Logits):
         return "logits" if spec.server_model else "logits (no server model)"
     if isinstance(spec, ex.Standalone) and spec.public:

@@ -125,8 +125,7 @@ class Core(nn.Module):
         logits [rows, classes], or token logits [selected, vocabulary] (of all cells where
         ``inputs.select`` is None).
         """
-        found = self.features(inputs)
-        return found.float() if self.part in ("client", "body") else self.scores(found)
+        return self.finish(self.features(inputs))
 
     def features(self, inputs: Inputs) -> Tensor:
         """Hidden states, or of them only those that ``scores`` turns into logits."""
@@ -144,6 +143,10 @@ class Core(nn.Module):
             norm = self.model.get_submodule(f"{self.family.backbone}.{self.family.norm}")
             hidden = norm.real(hidden)
         return hidden
+
+    def finish(self, features: Tensor) -> Tensor:
+        """What ``forward`` returns, from the features."""
+        return features.float() if self.part in ("client", "body") else self.scores(features)
 
     def _chosen(self, inputs: Inputs) -> tuple[Tensor | None, tuple[int, ...]]:
         """Cells that logits are made of (None: all), and how many are each client's."""

@@ -228,7 +228,10 @@ def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) ->
         flops, memory, _, _ = _fitting(est, crowd, data)
         bills.append(_Bill(crowd, {"parameter": up}, {"parameter": down}, frames, flops, memory))
     present = est.experiment.exchange.clients_per_round or data.clients
-    return _total(est, data, bills, "parameters", named, 0.0, (present + 1) * up)
+    found = _total(est, data, bills, "parameters", named, 0.0, (present + 1) * up)
+    if spec.mentor is not None:
+        return replace(found, variant=f"{named} (clients' work without their mentors)")
+    return found
 
 
 def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:

@@ -14,13 +14,17 @@ from fedllm.exchange import Exchange, Want, like
 from fedllm.message import Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
+from fedllm.strategies.mentor import MENTOR, learn_together
 from fedllm.training.jobs import Tasked
 
 
 class Parameters:
-    """FedAvg over the tunables (arXiv 1602.05629)."""
+    """
+    FedAvg over the tunables (arXiv 1602.05629), with a mentor at each client FedKD (K-03).
 
-    evaluates_clients = False
+    ``payload = "change"``: down goes what changed since the first values, which every side draws
+    for itself, up what changed since then; so a codec that leaves some out never touches more.
+    """
 
     def __init__(
         self, options: ex.Parameters, setup: Setup, model: LanguageModel,
@@ -29,6 +33,7 @@ class Parameters:
         """``model``: gives the tunables their first values."""
         self.options, self.setup, self.model = options, setup, model
         self.rule = RULES[options.aggregation]
+        self.evaluates_clients = options.mentor is not None
         self.personal = model.head if model.spec.head == "personal" else frozenset[str]()
         self.tasks: Tasks = {"train": self.train}
 
@@ -42,13 +47,16 @@ class Parameters:
         self, state: ServerState, cohort: Sequence[str], ask: Exchange, rng: np.random.Generator
     ) -> ServerState:
         """One round."""
-        sent = Message("a1", "train", state.shared, of_role(Role.PARAMETER, state.shared))
+        down = state.shared
+        if self.options.payload == "change":
+            down = {name: down[name] - self.model.initial[name] for name in down}
+        sent = Message("a1", "train", down, of_role(Role.PARAMETER, down))
         want = Want(("loss",), ("weight",), like(state.shared))
         replies = ask.gather(dict.fromkeys(cohort, sent), want)  # a1, a2, a3
         with ask.meter.step("a4"):
             weights = {client: float(r.facts["weight"]) for client, r in replies.items()}
             combined = self.rule({c: r.tensors for c, r in replies.items()}, weights)
-            if self.options.payload == "delta":
+            if self.options.payload != "value":
                 combined = {name: state.shared[name] + combined[name] for name in combined}
         return replace(state, shared=combined, facts={"loss": mean_loss(replies)})
 
@@ -59,17 +67,24 @@ class Parameters:
     # client -----------------------------------------------------------------------------------
 
     def own(self, site: Site) -> Group:
-        """What stays at this client: its head, if that is personal."""
+        """What stays at this client: its mentor, or its head, if that is personal."""
+        if self.options.mentor is not None:
+            return {**site.model.initial, **site.group(MENTOR)}
         return {n: self.model.initial[n] for n in self.personal} | site.group("personal")
 
     def train(self, site: Site, message: Message) -> Tasked[Message]:
         """a2 fine-tune what came with a1, a3 send it back."""
-        start = {**self.own(site), **message.tensors}
-        result = yield from site.fine_tune(start, "a2")
-        site.keep("personal", {name: result.values[name] for name in self.personal})
-        update = {name: result.values[name] for name in message.tensors}
-        if self.options.payload == "delta":
-            update = {name: update[name] - message.tensors[name] for name in update}
+        start = message.tensors
+        if self.options.payload == "change":
+            start = {name: self.model.initial[name] + start[name] for name in start}
+        if self.options.mentor is not None:
+            result = yield from learn_together(site, start, self.own(site), "a2")
+        else:
+            result = yield from site.fine_tune({**self.own(site), **start}, "a2")
+            site.keep("personal", {name: result.values[name] for name in self.personal})
+        update = {name: result.values[name] for name in start}
+        if self.options.payload != "value":
+            update = {name: update[name] - start[name] for name in update}
         return Message(
             "a3", tensors=update, roles=of_role(Role.PARAMETER, update),
             facts={"weight": units(site), "loss": result.loss},

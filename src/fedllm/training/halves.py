@@ -13,7 +13,7 @@ from fedllm.errors import FedllmError
 from fedllm.models.inputs import beside
 from fedllm.training.jobs import Backward, Forward, Passed
 from fedllm.training.learner import advance
-from fedllm.training.meter import Cost, Member, charged, measures_itself, passing, typical
+from fedllm.training.meter import Member, charged, measures_itself, passing, typical
 from fedllm.training.passes import apart, copies, drawing, packs, stack, weight
 
 
@@ -53,17 +53,22 @@ def _start(pack: list[Forward]) -> list[Passed]:
         cost.examples += job.batch.rows
         cost.tokens += job.batch.tokens
         job.half.meter.tick(job.batch.rows)
-    waiting = set(range(len(pack)))
+    waiting, peaks = set(range(len(pack))), members[0].meter.measured.peaks
     return [
-        Passed(job, out, x, waiting, slot, len(pack))
-        for slot, (job, (x, out)) in enumerate(zip(pack, outs, strict=True))
-    ]
+        Passed(
+            job, out, features, job.batch.inputs.x, peaks[member.shape(half.core, job.kind)][1],
+            waiting, slot, len(pack),
+        )
+        for slot, (job, member, (out, features)) in enumerate(
+            zip(pack, members, outs, strict=True)
+        )
+    ]  # fmt: skip
 
 
 def _half_pass(
     pack: Sequence[Forward], params: Sequence[Mapping[str, Tensor]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """(input, output) of each client, one graph behind all outputs."""
+    """(output, features) of each client, one graph behind all of them."""
     half = pack[0].half
     inputs = beside([job.batch.inputs for job in pack])
     around = drawing(
@@ -71,14 +76,16 @@ def _half_pass(
         [job.purpose for job in pack], inputs.x.device,
     )  # fmt: skip
     with around:
-        out = half.core(inputs)
+        features = half.core.features(inputs)
+        out = half.core.finish(features)
     if half.core.part in ("client", "body"):
         extra = half.core.prompt_tokens
         sizes = [sum(r * (n + extra) for r, n in job.batch.inputs.blocks) for job in pack]
     else:
         sizes = [job.batch.units for job in pack]
-    parts = torch.split(out, sizes) if len(pack) > 1 else (out,)
-    return [(job.batch.inputs.x, part) for job, part in zip(pack, parts, strict=True)]
+    if len(pack) == 1:
+        return [(out, features)]
+    return list(zip(torch.split(out, sizes), torch.split(features, sizes), strict=True))
 
 
 def _forgotten(job: Forward) -> Callable[[], Tensor]:
@@ -89,7 +96,7 @@ def _forgotten(job: Forward) -> Callable[[], Tensor]:
     if inputs.x.requires_grad:
         inputs = inputs.after(inputs.x.detach().requires_grad_(True))
     copied = replace(job, batch=replace(batch, inputs=inputs))
-    return lambda: _half_pass([copied], [params])[0][1]
+    return lambda: _half_pass([copied], [params])[0][0]
 
 
 def backward(jobs: list[Backward]) -> list[Any]:
@@ -121,9 +128,8 @@ def _back(group: list[Backward]) -> list[Any]:
     for job in group:
         own = job.passed.job
         meter = own.half.meter
-        before = Member(meter, Cost(), own.batch, 0).shape(half.core, own.kind)
-        left = meter.measured.peaks.get(before, (0, 0))[1]
-        members.append(Member(meter, meter.cost(job.step), own.batch, own.half.held + left))
+        held = own.half.held + job.passed.left
+        members.append(Member(meter, meter.cost(job.step), own.batch, held))
     waiting = group[0].passed.waiting
     later = waiting - {job.passed.slot for job in group}
     pairs = [

@@ -88,7 +88,7 @@ def _look(pack: list[_Inferring]) -> None:
         inputs = beside([member.batch.inputs for member in members])
         with core.holding(tunables):
             features = core.features(inputs)
-            logits = core.scores(features)
+            logits = core.finish(features)
     units = [member.batch.units for member in members]
     parts = zip(torch.split(logits, units), torch.split(features.float(), units), strict=True)
     with charged(members):

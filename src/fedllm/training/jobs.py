@@ -107,7 +107,9 @@ class Passed:
 
     job: Forward
     out: Tensor
+    features: Tensor  # the hidden states that logits were made of; else the output itself
     inputs: Tensor  # what the pass started from: a leaf where the input wants a gradient
+    left: int  # bytes that the graph keeps
     waiting: set[int]  # slots of the pass without gradient yet
     slot: int
     slots: int  # of the pass

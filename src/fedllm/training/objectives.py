@@ -31,6 +31,14 @@ class Known(Protocol):
         ...
 
 
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of each unit: [units]."""
+    return temperature**2 * F.kl_div(
+        F.log_softmax(student / temperature, dim=-1), F.log_softmax(teacher / temperature, dim=-1),
+        reduction="none", log_target=True,
+    ).sum(-1)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Distillation:
     """
@@ -66,14 +74,42 @@ class Distillation:
         elif self.loss == "cosine":
             value = 1 - F.cosine_similarity(student, goal, dim=-1)
         else:
-            value = self.temperature**2 * F.kl_div(
-                F.log_softmax(logits / self.temperature, dim=-1),
-                F.log_softmax(goal / self.temperature, dim=-1),
-                reduction="none",
-                log_target=True,
-            ).sum(-1)
+            value = divergence(logits, goal, self.temperature)
         if self.weight != 1:
             value = self.weight * value
         if self.label_weight:
             value = value + self.label_weight * cross_entropy(logits, targets, places)
         return value
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says of a batch: logits [units, outputs], features [units, width]."""
+
+    logits: Tensor
+    features: Tensor
+
+
+SURE = 1e-6  # nats: two models with less loss than this have nothing to teach each other
+
+
+def mutual(
+    models: tuple[Said, Said], targets: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """
+    What two models of one batch minimize that teach each other (FedKD, arXiv 2108.13323).
+
+    L_i = CE_i + (KL(softmax(z_j) || softmax(z_i)) + MSE(h_i, h_j)) / (CE_i + CE_j), means over the
+    units; the divisor and whatever is the other's are constants. Who is wrong is followed less.
+    The term of the hidden states is left out where their widths differ. Returns each one's loss,
+    and each one's cross-entropy.
+    """
+    tasks = [cross_entropy(one.logits, targets, targets).mean() for one in models]
+    doubt = (tasks[0] + tasks[1]).detach().clamp_min(SURE)
+    losses = []
+    for one, other, task in zip(models, reversed(models), tasks, strict=True):
+        apart = divergence(one.logits, other.logits.detach()).mean()
+        if one.features.shape == other.features.shape:
+            apart = apart + F.mse_loss(one.features.float(), other.features.detach().float())
+        losses.append(task + apart / doubt)
+    return (losses[0], losses[1]), (tasks[0].detach(), tasks[1].detach())

@@ -95,6 +95,9 @@ MUTUAL: dict[str, Any] = {
 }  # fmt: skip
 
 
+FEATURES: dict[str, Any] = {"kind": "logits", "form": "features", "loss": "mse"}
+
+
 def hold(spec: ex.Experiment) -> None:
     line, client, everybody = compared(spec)
     server = everybody.get("server", {})
@@ -119,10 +122,11 @@ def hold(spec: ex.Experiment) -> None:
           for n, s in enumerate(STRATEGIES[:3])),
         pytest.param(GPT2, "classification", STRATEGIES[4], id="builtin-4"),
         pytest.param(GPT2, "generation", MUTUAL, id="builtin-knowledge"),
+        pytest.param(GPT2, "classification", FEATURES, id="builtin-features"),
     ],
 )  # fmt: skip
 def test_a_plan_is_what_a_run_then_measures(name: str, task: str, strategy: dict[str, Any]) -> None:
-    public = {"size": 12, "labelled": "selective" in strategy}
+    public = {"size": 12, "labelled": "form" in strategy}
     hold(experiment(name, task, rows=40, strategy=strategy, evaluation={"every": 0},
                     public=public))  # fmt: skip
 

@@ -22,8 +22,9 @@ class Parameters:
     """
     FedAvg over the tunables (arXiv 1602.05629), with a mentor at each client FedKD (K-03).
 
-    ``payload = "change"``: down goes what changed since the first values, which every side draws
-    for itself, up what changed since then; so a codec that leaves some out never touches more.
+    ``payload = "change"``: down goes the difference from the first values, which every side draws
+    from the run's seed, up that from what came; a codec that leaves some of a tensor out then
+    leaves no weight of the base out.
     """
 
     def __init__(

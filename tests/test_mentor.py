@@ -1,6 +1,7 @@
 """K-03, FedKD: a mentor at each client, a common mentee, updates with a share of their energy."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from fedllm import costs, exchange, federation
 from fedllm import experiment as ex
+from fedllm.data.clients import Clients
 from fedllm.errors import FedllmError
 from fedllm.message import Message
 from fedllm.round import Federation
@@ -214,3 +216,12 @@ def test_the_variant_names_the_mentor() -> None:
     assert federation.variant(spec) == "parameters (with mentors)"
     bare = spec.strategy.model_copy(update={"mentor": None})
     assert federation.variant(spec.replace(strategy=bare)) == "parameters"
+
+
+def test_a_server_knows_nothing_of_mentors() -> None:
+    spec = fedkd()
+    prepared = federation.prepare(spec, 0)
+    site = federation.halve(spec, 0, prepared, federation.Silent())
+    assert set(site.others) == set(prepared.clients) and site.bases == {}
+    nobody = replace(prepared, clients=Clients.of([]))
+    assert federation.halve(spec, 0, nobody, federation.Silent()).others == {}

@@ -54,7 +54,7 @@ class Line:
 
 def _word(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "+".join(map(str, value.values())) or "none"
+        return "+".join(map(_word, value.values())) or "none"
     return str(value).lower() if isinstance(value, bool) else Path(str(value)).name
 
 
@@ -166,10 +166,14 @@ def verdicts(found: Mapping[str, list[Line]], alone: Sequence[Line]) -> list[lis
             listed.append(verdict(f"K-10: {line.label} at least as good as random", gap))
     add("K-06: rows by the clients' labels at least as good as random", "feedback",
         "choose feedback")  # fmt: skip
-    for label in ("clusters 2", "clusters 3"):
-        add(f"K-13: {label} better than one consensus, for clients", "clusters", label, "clients")
+    add("K-13: two clusters better than one consensus, for clients", "clusters", "clusters 2",
+        "clients")  # fmt: skip
+    for line in found.get("fedkd", []):
+        if line.label.startswith("strategy parameters+change"):
+            gap = gaps(line.clients, found["fedkd"][0].clients)
+            listed.append(verdict("K-03: mentors better than alone", gap))
     said = [line for line in found.get("forms", []) if line.label == "form statistics"]
-    for title, some in (("K-09: the likeliest class and its probability", said),
+    for title, some in (("K-04: FedMD", found.get("fedmd", [])[:1]), ("K-09: the likeliest class and its probability", said),
                         ("Logits", found.get("forms", [])[:1])):  # fmt: skip
         for line in some:
             if alone and alone[0].seeds == line.seeds:

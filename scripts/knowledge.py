@@ -173,8 +173,12 @@ def verdicts(found: Mapping[str, list[Line]], alone: Sequence[Line]) -> list[lis
             gap = gaps(line.clients, found["fedkd"][0].clients)
             listed.append(verdict("K-03: mentors better than alone", gap))
     said = [line for line in found.get("forms", []) if line.label == "form statistics"]
-    for title, some in (("K-04: FedMD", found.get("fedmd", [])[:1]), ("K-09: the likeliest class and its probability", said),
-                        ("Logits", found.get("forms", [])[:1])):  # fmt: skip
+    compared = {
+        "K-04: FedMD": found.get("fedmd", [])[:1],
+        "K-09: the likeliest class and its probability": said,
+        "Logits": found.get("forms", [])[:1],
+    }
+    for title, some in compared.items():
         for line in some:
             if alone and alone[0].seeds == line.seeds:
                 gap = gaps(line.clients, alone[0].clients)

@@ -122,8 +122,9 @@ def table(found: Mapping[str, list[Line]]) -> str:
     """All grids, one block of lines each."""
     listed = []
     for grid, some in found.items():
-        listed.append([f"**{GRIDS[grid]}**", *[""] * 6])
         plain = some[0]
+        seeds = ", ".join(map(str, plain.seeds))
+        listed.append([f"**{GRIDS[grid]}**, seeds {seeds}", *[""] * 6])
         for line in some:
             first = line is plain
             listed.append([
@@ -144,7 +145,7 @@ def verdict(what: str, gap: Sequence[float]) -> list[str]:
     noise = statistics.stdev(gap) if len(gap) > 1 else float("inf")
     holds = "holds" if mean > 0 else "**does not hold**"
     if abs(mean) <= noise:
-        holds += ", within the spread of the seeds"
+        holds += ", within the spread of the seeds" if len(gap) > 1 else ", one seed"
     return [what, holds, f"{spread(gap, '+.1f')} points, {sum(g > 0 for g in gap)} of {len(gap)}"]
 
 
@@ -241,15 +242,15 @@ def write_csv(found: Mapping[str, list[Line]], path: Path) -> None:
 
 def page(found: Mapping[str, list[Line]], alone: Sequence[Line]) -> str:
     """README.md of the study."""
-    seeds = sorted({seed for some in found.values() for line in some for seed in line.seeds})
     parts = [
         "# What each block of knowledge costs and gives", "",
         "Made by `make knowledge` (`fedllm sweep experiments/knowledge/<name>.toml`, then",
         "`scripts/knowledge.py`): MiniLM (22.7 M, real weights), Banking77, clients with 1,000",
         "rows each (Dirichlet 0.3 over the labels), 625 public rows, five rounds. Accuracy on the",
-        "test rows after the last round, mean and standard deviation of the seeds "
-        f"{', '.join(map(str, seeds))};", "the gains are over the first line of each block, seed "
-        "by seed, in points; bytes (both ways) and FLOPs are of a client and round.", "",
+        "test rows after the last round, mean and standard deviation over the seeds (none where",
+        "there is one); the gains are over the first line of each block, seed by seed, in points;",
+        "bytes (both ways) and FLOPs are of a client and round. The settings were fixed before the",
+        "first run.", "",
         table(found), "",
     ]  # fmt: skip
     if alone:

@@ -37,7 +37,11 @@ GRIDS = {  # of the table, in its order
     "fedkd": "A private mentor (K-03)",
 }
 ALONE = "alone"
-PICTURE = ("forms", "selection", "features", "pruning")
+PANELS = {  # of the picture: runs that differ in nothing else than what their lines say
+    "public rows without labels": ("forms",),
+    "with labels": ("selection", "features", "pruning"),
+}
+TICKS = (10, 20, 50, 100, 200, 400)  # kB
 
 
 @dataclass(frozen=True)
@@ -198,30 +202,37 @@ def front(some: Sequence[Line]) -> list[Line]:
 
 def draw(found: Mapping[str, list[Line]], path: Path) -> None:
     """The server's accuracy against bytes of a client and round; dashed: the front."""
-    shown = {grid: found[grid] for grid in PICTURE if grid in found}
-    if not shown:
-        return
-    figure = Figure(figsize=(4.3 * len(shown), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for axes, (grid, some) in zip(panels, shown.items(), strict=True):
-        best = front(some)
+    shown = {
+        title: [(grid, line) for grid in grids for line in found.get(grid, [])]
+        for title, grids in PANELS.items()
+    }
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (title, some) in zip(panels, shown.items(), strict=True):
+        best = front([line for _, line in some])
         axes.plot([line.bytes / 1e3 for line in best],
                   [100 * statistics.fmean(line.server) for line in best],
                   color="#888888", linestyle="--", linewidth=1, drawstyle="steps-post")  # fmt: skip
-        for number, line in enumerate(some):
+        grids = list(dict.fromkeys(grid for grid, _ in some))
+        for number, (grid, line) in enumerate(some):
             values = [100 * value for value in line.server]
             axes.errorbar(
                 line.bytes / 1e3, statistics.fmean(values),
                 statistics.stdev(values) if len(values) > 1 else 0,
-                color=f"C{number}", marker="os^Dvp*"[number % 7], capsize=3, linestyle="none",
-                label=line.label,
+                color=f"C{number % 10}", marker="os^Dvp*"[grids.index(grid)], markersize=5,
+                capsize=3, linestyle="none", label=f"{grid}: {line.label}",
             )  # fmt: skip
         axes.set_xscale("log")
-        axes.set_title(GRIDS[grid], fontsize=9)
+        axes.set_xlim(TICKS[0], 1.3 * TICKS[-1])
+        axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
+        axes.minorticks_off()
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel("kB of a client and round")
         axes.grid(True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, frameon=False, loc="best")
+        if some:
+            axes.legend(fontsize=7, frameon=False, loc="upper center", ncols=2,
+                        bbox_to_anchor=(0.5, -0.13))  # fmt: skip
     panels[0].set_ylabel("server's accuracy, %")
     figure.savefig(path, metadata={"Date": None})
 

@@ -386,6 +386,14 @@ def test_clusters_teach_their_own() -> None:
     assert sum(row.payload_bytes for row in rows if row.role == "logit") == 6 * 12 * 4 * 24
 
 
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_a_server_looks_only_at_what_it_sends(clusters: int) -> None:
+    """Where clusters teach their own, b6 would be work for nobody."""
+    _, rows = ran(clusters=clusters, public={"labelled": False})
+    assert any(row.step == "b5" and row.flops for row in rows)
+    assert any(row.step == "b6" and row.flops for row in rows) == (clusters == 1)
+
+
 @pytest.mark.parametrize(
     ("strategy", "said"),
     [

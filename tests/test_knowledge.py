@@ -407,6 +407,7 @@ def test_a_server_looks_only_at_what_it_sends(clusters: int) -> None:
         ({**FEATURES, "knowledge": "confidence"}, r"'confidence': needs distributions"),
         ({**FEATURES, "keep": 1}, r"strategy.keep = 1: needs distributions"),
         ({**FEATURES, "clusters": 2}, r"strategy.clusters = 2: needs distributions"),
+        ({**FEATURES, "temperature": 2.0}, r"strategy.temperature = 2: form = 'features' sends"),
         (FEATURES, r"teach the server's model no head"),
         ({"max_entropy": 0.5}, r"strategy.max_entropy: only with knowledge = 'entropy'"),
         ({"knowledge": "entropie"}, r"entropie.*'entropy'"),

@@ -637,6 +637,8 @@ class Experiment(Section):
         for key in ("options", "option_pattern"):
             if getattr(self.data, key) is not None:
                 raise ValueError(f"data.{key}: only with task.kind = 'multiple-choice'")
+        if self.data.answer_by != "any":
+            raise ValueError("data.answer_by: only with task.kind = 'multiple-choice'")
 
     def _taught(self, where: str, spec: Logits) -> None:
         """What logits ask of the public set, and settings that would mean nothing."""
@@ -708,6 +710,11 @@ class Experiment(Section):
             raise ValueError(
                 f"{where}.{key}: needs distributions, and form = 'features' sends none; expected "
                 "knowledge = 'uniform', 'mean', 'loss' or 'least-loss' and one cluster"
+            )
+        if spec.temperature != 1:
+            raise ValueError(
+                f"{where}.temperature = {spec.temperature:g}: form = 'features' sends nothing that "
+                "a temperature softens; leave it out"
             )
         headless = self.task.kind == "classification" and spec.server_model
         if headless and (not self.public.labelled or spec.label_share == 0):

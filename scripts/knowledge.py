@@ -168,8 +168,8 @@ def verdicts(found: Mapping[str, list[Line]], alone: Sequence[Line]) -> list[lis
     for line in found.get("pruning", [])[1:]:
         if line.label.startswith("choose"):
             gap = gaps(line.server, found["pruning"][0].server)
-            listed.append(verdict(f"K-10: {line.label} at least as good as random", gap))
-    add("K-06: rows by the clients' labels at least as good as random", "feedback",
+            listed.append(verdict(f"K-10: {line.label} better than random", gap))
+    add("K-06: rows by the clients' labels better than random", "feedback",
         "choose feedback")  # fmt: skip
     add("K-13: two clusters better than one consensus, for clients", "clusters", "clusters 2",
         "clients")  # fmt: skip

@@ -9,7 +9,7 @@ import fedllm
 
 SOURCE = Path(fedllm.__file__).parent
 # What each part may import; a part is a folder or a flat file of the package.
-LOW = {"errors", "flat", "streams"}
+LOW = {"errors", "flat", "lora", "streams"}
 BASE = LOW | {"message", "ledger", "experiment"}
 MODELS = BASE | {"models", "data", "codecs", "transport"}
 TRAINING = MODELS | {"training"}
@@ -20,6 +20,7 @@ FEDERATION = ROUND | {"federation", "report", "compare"}
 ALLOWED = {
     "errors": set(),
     "flat": LOW,
+    "lora": LOW,
     "streams": LOW,
     "message": LOW,
     "ledger": LOW,

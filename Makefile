@@ -40,6 +40,11 @@ knowledge: $(STAMP)
 	  && $(BIN)/python scripts/knowledge.py runs/knowledge docs/knowledge-study || exit 1; done
 	$(BIN)/python scripts/mutual.py runs/mutual docs/mutual
 
+unequal: $(STAMP)
+	for grid in rules schedule; do \
+	  $(BIN)/fedllm sweep experiments/unequal/$$grid.toml --out runs/unequal/$$grid --jobs 2 --resume \
+	  || exit 1; done
+
 results: $(STAMP)
 	$(BIN)/fedllm compare experiments/banking77-minilm.toml --out runs/banking77-minilm --resume
 	$(BIN)/fedllm compare experiments/shakespeare.toml --out runs/shakespeare --resume

@@ -99,7 +99,11 @@ MEANING = {
     "public.labelled": "the public set's labels (generation: its tokens) are used as targets, too",
     "public.ship": "the server sends the set to each client once (step b0), counted; false: "
                    "clients have it beforehand",
-    "lora.rank": "rank of the update",
+    "lora.rank": "rank of the update; of several the largest",
+    "lora.ranks": "ranks of the clients, taken in turn, or a table of clients' names and ranks",
+    "lora.schedule": "the highest rank from which round on, e.g. `{ 1 = 2, 4 = 8 }`; it grows "
+                     "without changing a logit, and shrinks to the best approximation",
+    "lora.freeze_a": "only the second matrix is trained and sent",
     "lora.alpha": "the update is scaled by alpha / rank",
     "lora.dropout": "dropout before the update's first matrix",
     "lora.targets": "names of the layers; empty: `c_attn` (GPT-2), `q_proj`, `v_proj` (Llama "
@@ -134,7 +138,15 @@ MEANING = {
     "(`delta`); `change`: that, and the server sends what changed since the first values",
     "parameters.mentor": "a larger model that each client keeps for itself: it and the common one "
     "teach each other (FedKD)",
-    "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted tokens)",
+    "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted "
+    "tokens); the last four are for LoRA of different ranks",
+    "parameters.balance": "as below; without it clients count by their rows alone",
+    "parameters.prune": "share of its rank that a client keeps once the rest has become less in "
+    "training; without it nobody prunes",
+    "parameters.prune_penalty": "weight in the loss of what is to go: the product of its two norms",
+    "balance.temperature": "smaller is stricter",
+    "balance.floor": "least factor",
+    "balance.cap": "largest factor",
     "logits.form": "what is said of each public unit: `logits`, `labels` (softmax at "
     "`temperature`), `top-k`, `statistics` (the likeliest output and its probability), "
     "`features` (the hidden state that the head reads)",
@@ -332,6 +344,11 @@ def _kinds(title: str, options: list[type[BaseModel]], level: str) -> Iterator[s
         yield f'{level} {title} kind = "{kind}"'
         yield f"\n{_prose(model)}\n"
         yield from _table(model, f"{kind}.", ("kind",))
+        for key, field in model.model_fields.items():
+            for inside in _options(field.annotation):
+                yield f"{level}# [{title.strip('[]')}.{key}]"
+                yield f"\n{_prose(inside)}\n"
+                yield from _table(inside, f"{key}.")
 
 
 def page() -> str:

@@ -131,6 +131,8 @@ def lead(
 
     if isinstance(experiment.strategy, ex.Logits):
         experiment.strategy.models(names)  # that there are no others in its table
+    if isinstance(experiment.tunables, ex.Lora):
+        experiment.tunables.ranks_of(names)
     remote = Called(sessions, names, bring, seconds, lost)
     return lead_over(remote, experiment, seed, folder, resume=resume, listener=listener)
 

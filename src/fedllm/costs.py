@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fedllm import experiment as ex
+from fedllm.lora import shape_at
 from fedllm.message import Fact, Message, pack
 from fedllm.models.core import Core, Part
 from fedllm.models.flops import FlopCounter, count
@@ -51,10 +52,19 @@ class PublicSize:
     units: int
 
 
-def tunable_bytes(model: LanguageModel, names: Sequence[str] | None = None) -> int:
-    """Bytes of the tunables (4 per number), of all or of these."""
-    wanted = model.initial if names is None else {n: model.initial[n] for n in names}
-    return sum(t.numel() * FLOAT for t in wanted.values())
+def tunable_bytes(
+    model: LanguageModel, names: Sequence[str] | None = None, rank: int | None = None
+) -> int:
+    """Bytes of the tunables (4 per number), of all or of these; rank: of LoRA, if another."""
+    return sum(math.prod(shape) * FLOAT for shape in shapes(model, names, rank).values())
+
+
+def shapes(
+    model: LanguageModel, names: Sequence[str] | None = None, rank: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Of the tunables, as for ``tunable_bytes``."""
+    found = {n: tuple(model.initial[n].shape) for n in (model.initial if names is None else names)}
+    return found if rank is None else {n: shape_at(n, s, rank) for n, s in found.items()}
 
 
 def travelling(model: LanguageModel) -> list[str]:
@@ -64,9 +74,9 @@ def travelling(model: LanguageModel) -> list[str]:
     return list(model.initial)
 
 
-def parameters_payload(model: LanguageModel) -> tuple[int, int]:
-    """(up, down) of one client and round: the tunables, once each way."""
-    size = tunable_bytes(model, travelling(model))
+def parameters_payload(model: LanguageModel, rank: int | None = None) -> tuple[int, int]:
+    """(up, down) of one client and round: the tunables, once each way; rank: if another."""
+    size = tunable_bytes(model, travelling(model), rank)
     return size, size
 
 

@@ -177,10 +177,12 @@ class Exchange:
         self._costs("server", self.meter.take(), 1)
 
     def ask(
-        self, requests: Mapping[str, Message], want: Want = ANYTHING
+        self, requests: Mapping[str, Message], want: Want | Mapping[str, Want] = ANYTHING
     ) -> Iterator[tuple[str, Message | Failure]]:
         """
         Send one request to each client; yield (client, reply or failure) as they come.
+
+        want: of all replies, or of each client's.
 
         A reply with NaN or infinity, of another run, round or client, or without what is wanted is
         a Failure.
@@ -192,7 +194,7 @@ class Exchange:
             yield from self._ask(part, len(requests), want)
 
     def _ask(
-        self, requests: Mapping[str, Message], cohort: int, want: Want
+        self, requests: Mapping[str, Message], cohort: int, want: Want | Mapping[str, Want]
     ) -> Iterator[tuple[str, Message | Failure]]:
         waiting: dict[str, tuple[str, Message]] = {}
         for client, request in requests.items():
@@ -216,7 +218,8 @@ class Exchange:
                     continue
                 client, message = waiting.pop(id)
                 reply = self._receive(answer, message, cohort)
-                if isinstance(reply, Message) and (wrong := want.misfit(reply)):
+                wanted = want if isinstance(want, Want) else want[client]
+                if isinstance(reply, Message) and (wrong := wanted.misfit(reply)):
                     reply = Failure(client, message.step, wrong)
                 yield client, self._counted(reply, client)
                 if not waiting:
@@ -248,7 +251,9 @@ class Exchange:
                     frames=1, reason="came after the deadline")
             )  # fmt: skip
 
-    def gather(self, requests: Mapping[str, Message], want: Want = ANYTHING) -> dict[str, Message]:
+    def gather(
+        self, requests: Mapping[str, Message], want: Want | Mapping[str, Want] = ANYTHING
+    ) -> dict[str, Message]:
         """
         ``ask``, and wait for all: the good replies in the order of the clients' names.
 

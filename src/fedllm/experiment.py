@@ -11,7 +11,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)  # fmt: skip
 
 from fedllm.errors import FedllmError, nearest
 
@@ -142,19 +150,107 @@ class Public(Section):
 
 
 Head = Literal["shared", "personal", "frozen"]
+V = TypeVar("V")
+
+
+def whose(key: str, listed: Sequence[V] | Mapping[str, V], clients: Sequence[str]) -> dict[str, V]:
+    """
+    What each client has: of a list they take one in turn; a table says it by their names.
+
+    Who has nothing is left out. Raises FedllmError for a table with others in it.
+    """
+    if isinstance(listed, Mapping):
+        for name in listed:
+            if name not in clients:
+                raise FedllmError(f"{key}.{name}: no such client; {nearest(name, clients)}")
+        return dict(listed)
+    return {name: listed[k % len(listed)] for k, name in enumerate(clients)} if listed else {}
+
+
+def _ranks(value: Any) -> Any:
+    """What ``ranks`` may be; the union's own errors would name its branches."""
+    listed = list(value.values() if isinstance(value, dict) else value) if isinstance(
+        value, list | tuple | dict
+    ) else [0]  # fmt: skip
+    if not all(type(rank) is int and rank >= 1 for rank in listed):
+        raise ValueError(
+            f"{json.dumps(value, default=str)}: expected a list of ranks of at least 1, or a table "
+            "from clients' names to them"
+        )
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Lora(Section):
-    """LoRA (arXiv 2106.09685) through PEFT; targets default to the model type's usual ones."""
+    """
+    LoRA (arXiv 2106.09685) through PEFT; targets default to the model type's usual ones.
+
+    ``rank`` is the largest there is. ``ranks`` are taken in turn by the clients, or a table says
+    whose is which, as it must across machines; who has none there has the largest. ``schedule``
+    says from which round on nobody's is higher: ``{ 1 = 2, 4 = 8 }``. With ``freeze_a`` the first
+    matrix keeps its start, which follows from the seed, and only B is trained and sent (FFA-LoRA,
+    arXiv 2403.12313).
+    """
 
     kind: Literal["lora"] = "lora"
     rank: Positive = 8
+    ranks: Annotated[tuple[Positive, ...] | dict[str, Positive], BeforeValidator(_ranks)] = ()
+    schedule: dict[int, Positive] = {}
+    freeze_a: bool = False
     alpha: Rate = 16.0
     dropout: Fraction = 0.0
     targets: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     init: Literal["gaussian", "kaiming"] = "gaussian"
     head: Head = "shared"
+
+    @model_validator(mode="after")
+    def _at_most(self) -> Self:
+        listed = self.ranks.values() if isinstance(self.ranks, dict) else self.ranks
+        for key, ranks in (("ranks", listed), ("schedule", self.schedule.values())):
+            if ranks and max(ranks) > self.rank:
+                raise ValueError(
+                    f"{key}: {max(ranks)} is more than rank = {self.rank}, which is the largest"
+                )
+            if ranks and self.freeze_a:
+                raise ValueError(
+                    f"freeze_a: one first matrix for all; expected one rank, without {key}"
+                )
+        if self.schedule and min(self.schedule) != 1:
+            raise ValueError("schedule: expected rounds from 1 on, 1 among them, e.g. { 1 = 2 }")
+        return self
+
+    def even(self, rank: int | None = None) -> Lora:
+        """The same with one rank for all and always; none given: the largest."""
+        return self.model_copy(update={"rank": rank or self.rank, "ranks": (), "schedule": {}})
+
+    @property
+    def changing(self) -> bool:
+        """Whether anybody's rank is another than ``rank``, or was."""
+        return bool(self.ranks or self.schedule)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether clients may have different ranks in one round."""
+        listed = self.ranks.values() if isinstance(self.ranks, dict) else self.ranks
+        return any(rank != self.rank for rank in listed)
+
+    def ranks_of(self, clients: Sequence[str]) -> dict[str, int]:
+        """The ranks of those of these clients who have their own (``whose``)."""
+        return whose("tunables.ranks", self.ranks, clients)
+
+    def most(self, round: int) -> int:
+        """The highest rank that anybody has in this round."""
+        begun = [first for first in self.schedule if first <= round]
+        return self.schedule[max(begun)] if begun else self.rank
+
+    def shares(self, clients: Sequence[str], rounds: int) -> dict[str, dict[int, float]]:
+        """Which ranks each of these clients has, and in what share of the rounds."""
+        own, most = self.ranks_of(clients), [self.most(n) for n in range(1, rounds + 1)]
+        found = {}
+        for client in clients:
+            ranks = [min(own.get(client, self.rank), now) for now in most]
+            found[client] = {rank: ranks.count(rank) / rounds for rank in sorted(set(ranks))}
+        return found
 
 
 class Adapter(Section):
@@ -220,18 +316,50 @@ class Training(Section):
     padding: Literal["bucket", "longest", "fixed"] = "bucket"
 
 
+Aggregation = Literal["mean", "uniform", "zero-pad", "normalized", "hetlora", "flexlora"]
+
+
+class Balance(Section):
+    """
+    Clients weigh more the lower their training loss of the round is.
+
+    Their weight times exp((mean - loss) / ``temperature``), kept between ``floor`` and ``cap``.
+    """
+
+    temperature: Rate = 1.0
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
+
+
 class Parameters(Section):
     """
     Clients exchange tunables (steps a1 to a4).
 
     ``mentor`` is a larger model that each client has for itself, reading the same tokens: it and
     the experiment's model teach each other, and only the latter travels (FedKD, arXiv 2108.13323).
+
+    Clients with LoRA of different ranks (``tunables.ranks``) need an ``aggregation`` that takes
+    them: ``zero-pad``, ``normalized`` (each component by its owners alone), ``hetlora`` (by the
+    norms of the clients' updates, arXiv 2401.06432) or ``flexlora`` (the mean of their products,
+    arXiv 2402.11505). ``prune`` is the share of its rank that a client of ``hetlora`` goes down to
+    once the rest has become less.
     """
 
     kind: Literal["parameters"] = "parameters"
     payload: Literal["value", "delta", "change"] = "value"
-    aggregation: Literal["mean", "uniform"] = "mean"
+    aggregation: Aggregation = "mean"
+    balance: Balance | None = None
+    prune: Annotated[float, Field(gt=0, lt=1)] | None = None
+    prune_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     mentor: str | None = None
+
+    @model_validator(mode="after")
+    def _pruned(self) -> Self:
+        if self.prune is not None and self.aggregation != "hetlora":
+            raise ValueError(
+                f"prune: only with aggregation = 'hetlora' (here {self.aggregation!r})"
+            )
+        return self
 
 
 TOP_K = 128
@@ -279,20 +407,8 @@ class Logits(Section):
     rate: Rate | None = None
 
     def models(self, clients: Sequence[str]) -> dict[str, str]:
-        """
-        Names of the models of those of these clients who have their own.
-
-        Raises FedllmError for a table with others in it.
-        """
-        named = self.client_models
-        if isinstance(named, dict):
-            for name in named:
-                if name not in clients:
-                    raise FedllmError(
-                        f"strategy.client_models.{name}: no such client; {nearest(name, clients)}"
-                    )
-            return dict(named)
-        return {name: named[k % len(named)] for k, name in enumerate(clients)} if named else {}
+        """Names of the models of those of these clients who have their own (``whose``)."""
+        return whose("strategy.client_models", self.client_models, clients)
 
 
 class Activations(Section):
@@ -574,6 +690,7 @@ class Experiment(Section):
         for where, part in parts:
             if isinstance(part, Parameters) and part.mentor is not None:
                 self._mentored(where)
+        self._sized()
         if not self.exchange.resident and self.strategy.kind == "activations":
             raise ValueError(
                 "exchange.resident = false: activations cross for every batch, for which sites "
@@ -671,6 +788,34 @@ class Experiment(Section):
                 f"{where}.mentor: the common model needs its head; expected tunables.head = "
                 "'shared' or 'frozen'"
             )
+
+    def _sized(self) -> None:
+        """What LoRA of several ranks asks of the strategy, and rules that mean nothing without."""
+        spec, tunables = self.strategy, self.tunables
+        lora = tunables if isinstance(tunables, Lora) else None
+        changing = lora is not None and lora.changing
+        key = "ranks" if lora is not None and lora.ranks else "schedule"
+        if changing and not isinstance(spec, Parameters):
+            raise ValueError(
+                f"tunables.{key}: only with strategy.kind = 'parameters' (here {spec.kind!r})"
+            )
+        if not isinstance(spec, Parameters):
+            return
+        rule = spec.aggregation
+        takes = [name for name in get_args(Aggregation) if name not in ("mean", "uniform")]
+        if rule in takes and (lora is None or lora.freeze_a):
+            here = "freeze_a = true" if lora is not None else f"tunables.kind = {tunables.kind!r}"
+            raise ValueError(
+                f"strategy.aggregation = {rule!r}: is about both factors of LoRA; expected 'mean' "
+                f"or 'uniform' with {here}"
+            )
+        if lora is not None and lora.uneven and rule not in takes:
+            raise ValueError(
+                f"strategy.aggregation = {rule!r}: clients have different ranks (tunables.ranks); "
+                f"expected {', '.join(map(repr, takes))}"
+            )
+        if changing and spec.mentor is not None:
+            raise ValueError(f"strategy.mentor: with one rank only so far, without tunables.{key}")
 
     def _hidden(self, where: str, spec: Logits) -> None:
         """What cannot be done with hidden states, which are no distributions."""

@@ -267,7 +267,7 @@ def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Li
     setup = Setup(
         seed, experiment.rounds, experiment.training, experiment.evaluation, experiment.public,
         prepared.longest, _interpreters(experiment, model, prepared, others, listener),
-        _width(spec, model, others, list(prepared.clients)),
+        _width(spec, model, others, list(prepared.clients)), _ranks(experiment, prepared),
     )  # fmt: skip
     if experiment.model.cache and not experiment.training.base_dropout:
         uses = _uses(experiment, prepared, model, others)
@@ -339,7 +339,9 @@ def check(experiment: ex.Experiment, seed: int, prepared: Prepared) -> Federatio
 
 def untrained(experiment: ex.Experiment, seed: int, prepared: Prepared) -> dict[str, Any]:
     """Metrics of the base as it is, over everybody's held-out rows."""
-    built = check(experiment.replace(strategy=ex.Centralized()), seed, prepared)
+    spec = experiment.tunables
+    even = spec.even() if isinstance(spec, ex.Lora) else spec
+    built = check(experiment.replace(strategy=ex.Centralized(), tunables=even), seed, prepared)
     built.exchange.open(0)
     return dict(round.evaluate(built, ServerState())["mean"])
 
@@ -416,6 +418,16 @@ def _mentor(
             "hidden states"
         )
     return found
+
+
+def _ranks(experiment: ex.Experiment, prepared: Prepared) -> dict[str, int]:
+    """The ranks of clients who have their own, by name; of a real federation all that are told."""
+    spec = experiment.tunables
+    if not isinstance(spec, ex.Lora):
+        return {}
+    if prepared.divided is not None and isinstance(spec.ranks, dict):
+        return dict(spec.ranks)
+    return spec.ranks_of(list(prepared.clients))
 
 
 def _width(

@@ -25,8 +25,12 @@ def variant(experiment: ex.Experiment) -> str:
         cut = spec.cut or "half"
         home = ", labels at the client" if spec.labels == "client" else ""
         return f"activations ({spec.server}, cut {cut}{home})"
-    if isinstance(spec, ex.Parameters) and spec.mentor is not None:
-        return "parameters (with mentors)"
+    if isinstance(spec, ex.Parameters):
+        said: list[str] = [spec.aggregation] if spec.aggregation not in ("mean", "uniform") else []
+        said += ["pruned"] if spec.prune is not None else []
+        said += ["balanced"] if spec.balance is not None else []
+        said += ["with mentors"] if spec.mentor is not None else []
+        return f"parameters ({', '.join(said)})" if said else "parameters"
     if isinstance(spec, ex.Logits):
         return "logits" if spec.server_model else "logits (no server model)"
     if isinstance(spec, ex.Standalone) and spec.public:
@@ -120,6 +124,7 @@ def summarize(
         "global": last.get("global"),
         "mean": last.get("mean"),
         "clients": last.get("clients", {}),
+        "product_gap": last.get("product_gap"),
         "history": history,
         "costs": total,
         "per_client_round": per_client_round(total, experiment.rounds),

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedllm import experiment as ex
 from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
+from fedllm.lora import shape_fits
 from fedllm.message import Failure, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.states import States
@@ -227,7 +228,7 @@ def _only_tunables(site: Site, message: Message) -> None:
         if not takes and message.roles[name] is not Role.PARAMETER:
             continue
         fits = [model for model in models if name in model.initial
-                and model.initial[name].shape == tensor.shape]  # fmt: skip
+                and shape_fits(name, tensor.shape, model.initial[name].shape)]  # fmt: skip
         if not fits or tensor.dtype is not torch.float32:
             raise FedllmError(
                 f"{name!r} of {tuple(tensor.shape)} is none of this experiment's tunables"

@@ -38,6 +38,12 @@ def division(
             "strategy.client_models: sites have no turn; expected a table that says which site has "
             'which model, e.g. { bank-a = "NAME" }'
         )
+    ranks = getattr(experiment.tunables, "ranks", ())
+    if ranks and not isinstance(ranks, dict):
+        raise FedllmError(
+            "tunables.ranks: sites have no turn; expected a table that says which site has which "
+            "rank, e.g. { bank-a = 8 }"
+        )
     if experiment.evaluation.on != "test":
         raise FedllmError("evaluation.on: a site has training and test rows; choose 'test'")
     clients = {}

@@ -290,7 +290,10 @@ def resized(experiment: ex.Experiment, rank: int) -> ex.Experiment:
     key = SIZE.get(experiment.tunables.kind)
     if key is None:
         return experiment
-    changed: Any = experiment.tunables.model_copy(update={key: rank})
+    spec = experiment.tunables
+    changed: Any = spec.even(rank) if isinstance(spec, ex.Lora) else spec.model_copy(
+        update={key: rank}
+    )  # fmt: skip
     return experiment.replace(tunables=changed)
 
 

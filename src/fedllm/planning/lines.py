@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from fedllm import costs
 from fedllm import experiment as ex
 from fedllm.costs import PublicSize, Roles
+from fedllm.data.simulation import names
 from fedllm.errors import FedllmError
 from fedllm.models.core import Part
 from fedllm.models.loading import LanguageModel
@@ -217,21 +218,47 @@ def _fitting(est: Estimator, crowd: Crowd, data: Sizes) -> tuple[float, int, int
 
 
 def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) -> Line:
-    sent = _shapes(est.model, costs.travelling(est.model))
-    up, down = costs.parameters_payload(est.model)
+    whole, _ = costs.parameters_payload(est.model)
     bills = []
-    for crowd in data.crowds:
-        frames = _Frames(est, "parameters", crowd)
-        frames.add("down", "a1", "train", "parameter", sent=sent)
-        frames.add("up", "a3", "", "parameter", sent=sent, weight=float(len(crowd.train.lengths)),
-                   loss=LOSS)  # fmt: skip
-        flops, memory, _, _ = _fitting(est, crowd, data)
-        bills.append(_Bill(crowd, {"parameter": up}, {"parameter": down}, frames, flops, memory))
+    for crowd, ranks in _ranked(est.experiment, data):
+        frames, flops, memory, paid = _Frames(est, "parameters", crowd), 0.0, 0, 0.0
+        for rank, share in ranks.items():
+            sent = costs.shapes(est.model, costs.travelling(est.model), rank)
+            frames.add("down", "a1", "train", "parameter", share, sent)
+            frames.add("up", "a3", "", "parameter", share, sent,
+                       weight=float(len(crowd.train.lengths)), loss=LOSS)  # fmt: skip
+            more, most, _, _ = _fitting(est.at(rank), crowd, data)
+            flops, memory = flops + share * more, max(memory, most)
+            paid += share * costs.parameters_payload(est.model, rank)[0]
+        roles = {"parameter": round(paid)}
+        bills.append(_Bill(crowd, roles, roles, frames, flops, memory))
     present = est.experiment.exchange.clients_per_round or data.clients
-    found = _total(est, data, bills, "parameters", named, 0.0, (present + 1) * up)
+    found = _total(est, data, bills, "parameters", named, 0.0, (present + 1) * whole)
     if spec.mentor is not None:
         return replace(found, variant=f"{named} (clients' work without their mentors)")
     return found
+
+
+def _ranked(
+    experiment: ex.Experiment, data: Sizes
+) -> Iterator[tuple[Crowd, dict[int | None, float]]]:
+    """Clients of the same ranks, and the share of the rounds at each; None: the tunables' own."""
+    spec = experiment.tunables
+    if not isinstance(spec, ex.Lora) or not spec.changing:
+        for crowd in data.crowds:
+            yield crowd, {None: 1.0}
+        return
+    known = [crowd.client for crowd in data.crowds]
+    listed = known if len(set(known)) == data.clients else names(data.clients)
+    shares, first = spec.shares(listed, experiment.rounds), 0
+    for crowd in data.crowds:
+        mine = [tuple(shares[n].items()) for n in listed[first : first + crowd.count]]
+        first += crowd.count
+        for ranks in dict.fromkeys(mine):
+            said = f"{crowd.name} (rank {', '.join(str(rank) for rank, _ in ranks)})"
+            alike = len(set(mine)) == 1
+            part = replace(crowd, count=mine.count(ranks), name=crowd.name if alike else said)
+            yield part, dict(ranks)
 
 
 def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:

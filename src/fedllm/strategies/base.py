@@ -14,10 +14,11 @@ from fedllm.data.clients import ClientData
 from fedllm.data.examples import Examples
 from fedllm.exchange import Exchange
 from fedllm.knowledge.interpreter import Interpreter
+from fedllm.lora import moved, rank_of
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.states import States
-from fedllm.training.jobs import Fit, Tasked, Trained
+from fedllm.training.jobs import Fit, Penalty, Tasked, Trained
 from fedllm.training.learner import Plan, Span
 from fedllm.training.meter import Meter
 from fedllm.training.objectives import cross_entropy
@@ -38,6 +39,7 @@ class Setup:
     # of clients with another tokenizer than the server's: to the server, and back
     interpreters: Mapping[str, tuple[Interpreter, Interpreter]] = field(default_factory=dict)
     width: int = 0  # of the clients' hidden states, where these are what they say
+    ranks: Mapping[str, int] = field(default_factory=dict)  # of clients who have their own
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,9 @@ class Site:
         )  # fmt: skip
 
     def fine_tune(
-        self, tunables: Group, step: str, first: int | None = None, last: int | None = None
-    ) -> Tasked[Trained]:
+        self, tunables: Group, step: str, first: int | None = None, last: int | None = None,
+        penalty: Penalty | None = None,
+    ) -> Tasked[Trained]:  # fmt: skip
         """This round's epochs over the private rows (a2, b1), or batches first to last - 1."""
         training = self.setup.training
         plan = self.plan(self.train, "private")
@@ -124,7 +127,7 @@ class Site:
             self.model, tunables, plan, cross_entropy, training,
             begin, begin + per_round if last is None else last,
             Span(self.round - 1, self.setup.rounds), self.meter, step,
-            self.group("optimizer") if keep else None,
+            moved(self.group("optimizer"), rank_of(tunables)) if keep else None, penalty=penalty,
         )  # fmt: skip
         if keep:
             self.keep("optimizer", result.optimizer)

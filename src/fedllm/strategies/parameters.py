@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from fedllm import experiment as ex
-from fedllm.aggregation import RULES
+from fedllm.aggregation import RULES, UNEQUAL
+from fedllm.aggregation.balance import balanced
+from fedllm.aggregation.unequal import product_gap
 from fedllm.data.examples import Examples
-from fedllm.exchange import Exchange, Want, like
+from fedllm.exchange import Exchange
+from fedllm.lora import pairs, rank_of, resized
 from fedllm.message import Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
 from fedllm.strategies.mentor import MENTOR, learn_together
+from fedllm.strategies.ranks import Ranks, pruning
 from fedllm.training.jobs import Tasked
+
+PRODUCT_GAP = (
+    "product_gap"  # how far the combined model lies from the mean of the clients' products
+)
 
 
 class Parameters:
@@ -33,14 +41,16 @@ class Parameters:
     ) -> None:  # fmt: skip
         """``model``: gives the tunables their first values."""
         self.options, self.setup, self.model = options, setup, model
-        self.rule = RULES[options.aggregation]
+        self.rule = RULES.get(options.aggregation)  # none: it is one of UNEQUAL
+        self.ranks = Ranks(options, setup, model)
         self.evaluates_clients = options.mentor is not None
         self.personal = model.head if model.spec.head == "personal" else frozenset[str]()
         self.tasks: Tasks = {"train": self.train}
 
     def start(self) -> ServerState:
         """The first values, without what stays personal."""
-        return ServerState({n: t for n, t in self.model.initial.items() if n not in self.personal})
+        first = resized(self.model.initial, self.ranks.first)
+        return ServerState({n: t for n, t in first.items() if n not in self.personal})
 
     # server -----------------------------------------------------------------------------------
 
@@ -48,18 +58,51 @@ class Parameters:
         self, state: ServerState, cohort: Sequence[str], ask: Exchange, rng: np.random.Generator
     ) -> ServerState:
         """One round."""
-        down = state.shared
-        if self.options.payload == "change":
-            down = {name: down[name] - self.model.initial[name] for name in down}
-        sent = Message("a1", "train", down, of_role(Role.PARAMETER, down))
-        want = Want(("loss",), ("weight",), like(state.shared))
-        replies = ask.gather(dict.fromkeys(cohort, sent), want)  # a1, a2, a3
+        shared = self.ranks.due(state.shared, ask.round)
+        ranks = {client: self.ranks.of(state, client, shared) for client in cohort}
+        given = {rank: resized(shared, rank) for rank in set(ranks.values())}
+        down = given if self.options.payload != "change" else {
+            rank: _less(values, resized(self.model.initial, rank))
+            for rank, values in given.items()
+        }  # fmt: skip
+        sent = {
+            rank: Message("a1", "train", values, of_role(Role.PARAMETER, values))
+            for rank, values in down.items()
+        }
+        wants = {rank: self.ranks.want(values) for rank, values in given.items()}
+        replies = ask.gather(
+            {client: sent[rank] for client, rank in ranks.items()},
+            {client: wants[rank] for client, rank in ranks.items()},
+        )  # a1, a2, a3
+        updates = {client: reply.tensors for client, reply in replies.items()}
+        values = updates
+        if self.options.payload != "value":
+            values = {
+                client: _plus(resized(given[ranks[client]], rank_of(update)), update)
+                for client, update in updates.items()
+            }
         with ask.meter.step("a4"):
-            weights = {client: float(r.facts["weight"]) for client, r in replies.items()}
-            combined = self.rule({c: r.tensors for c, r in replies.items()}, weights)
-            if self.options.payload != "value":
-                combined = {name: state.shared[name] + combined[name] for name in combined}
-        return replace(state, shared=combined, facts={"loss": mean_loss(replies)})
+            weights = self._weights(replies)
+            if self.rule is None:
+                combined = UNEQUAL[self.options.aggregation](values, weights, shared)
+            else:
+                combined = self.rule(updates, weights)
+                if self.options.payload != "value":
+                    combined = _plus(shared, combined)
+        facts: dict[str, int | float | str] = {"loss": mean_loss(replies)}
+        if pairs(shared):
+            facts[PRODUCT_GAP] = product_gap(values, weights, combined)
+        kept = self.ranks.told(state, values)
+        return replace(state, shared=combined, clients=kept, facts=facts)
+
+    def _weights(self, replies: Mapping[str, Message]) -> dict[str, float]:
+        """What each client counts."""
+        weights = {client: float(r.facts["weight"]) for client, r in replies.items()}
+        spec = self.options.balance
+        if spec is None:
+            return weights
+        losses = {client: float(r.facts["loss"]) for client, r in replies.items()}
+        return balanced(weights, losses, spec.temperature, spec.floor, spec.cap)
 
     def candidate(self, state: ServerState) -> Group:
         """The global tunables."""
@@ -77,16 +120,27 @@ class Parameters:
         """a2 fine-tune what came with a1, a3 send it back."""
         start = message.tensors
         if self.options.payload == "change":
-            start = {name: self.model.initial[name] + start[name] for name in start}
+            start = _plus(resized(self.model.initial, rank_of(start)), start)
         if self.options.mentor is not None:
             result = yield from learn_together(site, start, self.own(site), "a2")
         else:
-            result = yield from site.fine_tune({**self.own(site), **start}, "a2")
+            fewer = pruning(self.options, start)
+            result = yield from site.fine_tune({**self.own(site), **start}, "a2", penalty=fewer)
+            if fewer is not None:
+                result = replace(result, values=fewer.cut(start, result.values))
             site.keep("personal", {name: result.values[name] for name in self.personal})
         update = {name: result.values[name] for name in start}
         if self.options.payload != "value":
-            update = {name: update[name] - start[name] for name in update}
+            update = _less(update, resized(start, rank_of(update)))
         return Message(
             "a3", tensors=update, roles=of_role(Role.PARAMETER, update),
             facts={"weight": units(site), "loss": result.loss},
         )  # fmt: skip
+
+
+def _plus(values: Group, update: Group) -> Group:
+    return {name: values[name] + update[name] for name in update}
+
+
+def _less(values: Group, start: Group) -> Group:
+    return {name: values[name] - start[name] for name in values}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedllm.errors import FedllmError
+from fedllm.lora import rank_of
 from fedllm.models.core import Core
 from fedllm.models.inputs import beside
 from fedllm.training.batches import Batch
@@ -35,6 +36,7 @@ class _Fitting:
         self.core: Core
         self.batches: Iterator[Batch] | None = None
         self.held = held_bytes(job.model.whole) + self.learner.reserved
+        self.rank = rank_of(job.tunables)
         self.left = job.last - job.first
         self.number = 0
         self.seen, self.summed = 0, 0.0
@@ -43,7 +45,8 @@ class _Fitting:
 
     @property
     def member(self) -> Member:
-        return Member(self.job.meter, self.cost, self.batch, self.held + given(self.batch))
+        held = self.held + given(self.batch)
+        return Member(self.job.meter, self.cost, self.batch, held, self.rank)
 
     @property
     def purpose(self) -> tuple[object, ...]:
@@ -86,7 +89,9 @@ class _Fitting:
         model, batch = self.job.model, self.batch
         self.number += 1
         self.left -= 1
-        self.cost.flops += self.job.meter.flops(model, self.core, batch, backward=True)
+        self.cost.flops += self.job.meter.flops(
+            model, self.core, batch, backward=True, rank=self.rank
+        )
         self.cost.examples += batch.rows
         self.cost.tokens += batch.tokens
         self.cost.optimizer_steps += 1
@@ -159,6 +164,9 @@ def _train_pass(
         else:
             losses = _losses(core.scores(features), features, pack, units)
             goal = losses.sum()
+        for fitting, own in zip(pack, params, strict=True):
+            if fitting.job.penalty is not None:
+                goal = goal + fitting.job.penalty(own)
         if goal.requires_grad:
             goal.backward()  # type: ignore[no-untyped-call]
     return [float(loss) for loss in losses.detach().tolist()]

@@ -18,6 +18,8 @@ from fedllm.training.meter import Meter, held_bytes
 from fedllm.training.objectives import Objective
 
 R = TypeVar("R")
+Penalty = Callable[[Mapping[str, Tensor]], Tensor]
+"""Of the tunables themselves: a scalar that is minimized besides the objective."""
 
 
 @dataclass(eq=False)
@@ -26,7 +28,8 @@ class Fit:
     Train a copy of the tunables on batches ``first`` to ``last`` - 1 of the plan (a2, b1, b5, b8).
 
     step: of the paper, to be charged.  optimizer: the state to continue from; None: afresh.
-    rate: other than the training's.  The result is ``Trained``.
+    rate: other than the training's.  penalty: added to the loss of every batch, and not to the
+    loss that is reported.  The result is ``Trained``.
     """
 
     model: LanguageModel
@@ -41,6 +44,7 @@ class Fit:
     step: str
     optimizer: dict[str, Tensor] | None = None
     rate: float | None = None
+    penalty: Penalty | None = None
 
 
 @dataclass(frozen=True)

@@ -359,6 +359,11 @@ class Parameters(Section):
             raise ValueError(
                 f"prune: only with aggregation = 'hetlora' (here {self.aggregation!r})"
             )
+        if self.balance is not None and self.aggregation in ("uniform", "hetlora"):
+            raise ValueError(
+                f"balance: aggregation = {self.aggregation!r} has weights of its own; expected "
+                "'mean', 'zero-pad', 'normalized' or 'flexlora'"
+            )
         return self
 
 

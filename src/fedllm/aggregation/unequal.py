@@ -103,7 +103,7 @@ def mean_product(
     """
     sum_k w_k B_k A_k / r_k / sum_k w_k of one module, as left [out, n] and right [n, in].
 
-    Factors side by side, in float64; multiplied out only where they would be wider than that.
+    Factors side by side, in float64; multiplied out where they are twice as wide as the product.
     """
     total = sum(weights[client] for client in sorted(updates))
     lefts, rights = [], []
@@ -111,7 +111,7 @@ def mean_product(
         left, right = updates[client][b].double(), updates[client][a].double()
         lefts.append(left * (weights[client] / total / len(right)))
         rights.append(right)
-        if sum(map(len, rights)) > min(len(left), right.shape[1]):
+        if sum(map(len, rights)) > 2 * min(len(left), right.shape[1]):
             whole = torch.cat(lefts, 1) @ torch.cat(rights)
             one = torch.eye(min(whole.shape), dtype=whole.dtype)
             tall = len(whole) > whole.shape[1]

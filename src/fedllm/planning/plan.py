@@ -105,6 +105,8 @@ def _notes(experiment: ex.Experiment, estimator: Estimator) -> Iterator[str]:
             f"{model.untouched} of {model.blocks} blocks lie below everything that is trained: "
             "they run once for each row (model.cache), spread here over the rounds"
         )
+    if isinstance(experiment.strategy, ex.Parameters) and experiment.strategy.prune is not None:
+        yield "strategy.prune: bytes and FLOPs are those of the ranks at the start"
     if experiment.model.precision == "bf16":
         yield "memory is that of float32; bf16 keeps less between forward and backward"
     if model.family is None:

@@ -97,6 +97,8 @@ class Parameters:
 
     def _weights(self, replies: Mapping[str, Message]) -> dict[str, float]:
         """What each client counts."""
+        if self.options.aggregation == "uniform":
+            return dict.fromkeys(replies, 1.0)
         weights = {client: float(r.facts["weight"]) for client, r in replies.items()}
         spec = self.options.balance
         if spec is None:

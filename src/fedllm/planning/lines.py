@@ -84,11 +84,12 @@ def line(estimator: Estimator, spec: ex.Strategy, data: Sizes) -> Line:
 
 @dataclass
 class _Bill:
-    """What one client of a crowd has to pay, as it is added up."""
+    """What one client of a crowd has to pay, as it is added up; shapes: of what it pays for."""
 
     crowd: Crowd
     up: Roles
     down: Roles
+    shapes: costs.Shapes
     frames: _Frames
     flops: float
     memory: int
@@ -106,7 +107,10 @@ def _total(
     shares, payloads = [], []
     for bill in bills:
         site = bill.crowd.site
-        payload = [costs.coded(roles, codecs) for roles in (bill.up, bill.down)]  # type: ignore[arg-type]
+        payload = [
+            costs.coded(roles, codecs, bill.shapes, way)  # type: ignore[arg-type]
+            for way, roles in (("up", bill.up), ("down", bill.down))
+        ]
         up, down = payload[0] + round(bill.frames.up), payload[1] + round(bill.frames.down)
         seconds = bill.flops / site.flops + up / site.up + down / site.down
         seconds += bill.frames.messages * site.latency
@@ -226,7 +230,8 @@ def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) ->
         frames.add("up", "a3", "", "parameter", sent=sent, weight=float(len(crowd.train.lengths)),
                    loss=LOSS)  # fmt: skip
         flops, memory, _, _ = _fitting(est, crowd, data)
-        bills.append(_Bill(crowd, {"parameter": up}, {"parameter": down}, frames, flops, memory))
+        bills.append(_Bill(crowd, {"parameter": up}, {"parameter": down}, {"parameter": sent},
+                           frames, flops, memory))  # fmt: skip
     present = est.experiment.exchange.clients_per_round or data.clients
     found = _total(est, data, bills, "parameters", named, 0.0, (present + 1) * up)
     if spec.mentor is not None:
@@ -245,7 +250,8 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
     size = PublicSize(drawn, round(whole.tokens * drawn / every),
                       round(whole.units * drawn / every))  # fmt: skip
     said = costs.knowledge_roles(spec, size, model)
-    shapes = {n: s for n, (s, _) in costs.knowledge_shapes(spec, size, model).items()}
+    shaped = costs.knowledge_shapes(spec, size, model)
+    shapes = {n: s for n, (s, _) in shaped.items()}
     role = "feature" if spec.form == "features" else "logit"
     looked = est.in_order(rows, experiment.evaluation.batch_size)
     learnt = est.anew(rows, spec.batch_size or training.batch_size, data.longest, spec.epochs)
@@ -289,7 +295,8 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
         memory = max(memory + beside, est.held(model.whole) + most + kept + beside, peak + kept)
         index = said.get("index", 0) + 2 * drawn * costs.INT
         sent = {**said, "index": index, "token": shipping}
-        bills.append(_Bill(crowd, upward, sent, frames, flops + more, memory))
+        bills.append(_Bill(crowd, upward, sent, costs.by_role(shaped), frames, flops + more,
+                           memory))  # fmt: skip
     present = experiment.exchange.clients_per_round or data.clients
     server, server_memory = 0.0, (present + 1) * sum(said.values())
     if spec.server_model:
@@ -344,7 +351,10 @@ def _activations(est: Estimator, spec: ex.Activations, data: Sizes, named: str) 
         down["parameter"] += round(late * half)
         frames = _split_frames(est, crowd, private, home, sent, averages + late, uploads)
         flops, memory, server = _split_client(est, crowd, data, cut, home)
-        bills.append(_Bill(crowd, up, down, frames, flops, memory, server, number))
+        hidden = int(private.tokens.mean()), model.width
+        shapes = {"activation": {"hidden": hidden}, "gradient": {"gradient": hidden},
+                  "parameter": sent}  # fmt: skip
+        bills.append(_Bill(crowd, up, down, shapes, frames, flops, memory, server, number))
     server_flops = sum(bill.server * bill.crowd.count for bill in bills) / data.clients
     memory = _split_server(est, spec, data, cut, home)
     serial = spec.server == "sequential"

@@ -19,7 +19,7 @@ from fedllm.codecs.packed import Zstd
 from fedllm.errors import FedllmError
 from fedllm.exchange import decode, encode
 from fedllm.ledger import total
-from fedllm.message import Message, Role, of_role, pack
+from fedllm.message import Message, Role, of_role, outline, pack
 from small import build, experiment, finish
 
 SINGLE = [*sorted(CODECS), *(f"{kind}-30" for kind in SIZED)]
@@ -152,7 +152,7 @@ def test_what_is_drawn_is_unbiased(name: str) -> None:
     found = there_and_back(name, x, "unbiased", 1)
     spread = found[:-2].std(0) / 100
     assert bool(((found[:-2].mean(0) - one).abs() <= 5 * spread + 1e-6).all())
-    assert int((spread > 0).sum()) >= 3  # the others are values that there are
+    assert int((spread > 0).sum()) >= 2  # the others are values that there are
     assert torch.equal(found, there_and_back(name, x, "unbiased", 1))  # the same stream
     assert not torch.equal(found, there_and_back(name, x, "unbiased", 2))
 
@@ -356,7 +356,9 @@ class Doubled:
 
     def __call__(self, frames: Any) -> Any:
         first, second = self.handle(frames), self.handle(frames)
-        self.frames += [(first[client], second[client]) for client in first]
+        self.frames += [
+            (first[c], second[c]) for c in first if outline(first[c])[0]["step"] == "a3"
+        ]
         return first
 
 
@@ -365,6 +367,7 @@ def test_a_repeated_answer_and_a_repeated_round_leave_out_the_same() -> None:
     endpoint = Doubled(built.exchange.transport._endpoint)  # type: ignore[attr-defined]
     built.exchange.transport._endpoint = endpoint  # type: ignore[attr-defined]
     done = finish(built)
+    assert len(endpoint.frames) == 6
     assert all(first == second for first, second in endpoint.frames)
     kept = {n: built.worker.recall(n) for n in built.worker.sites}
     assert all(kept.values())  # of the first round, until the third one opens

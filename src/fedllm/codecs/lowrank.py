@@ -18,8 +18,8 @@ class LowRank(Codec):
 
     Its squared error is the sum of the squares of the singular values that were dropped, and
     q (n + C) numbers travel (Yan et al., section IV-B2, dimensionality reduction of logits). What
-    is no matrix, has not more than q (n + C) numbers, or holds a NaN or an infinity, travels as it
-    is. Biased towards zero.
+    is no matrix, or has not more than q (n + C) numbers, travels as it is; so does what holds NaN
+    or infinity, for its receiver to refuse. Biased towards zero.
     """
 
     def __init__(self, rank: float) -> None:
@@ -34,8 +34,7 @@ class LowRank(Codec):
         self, state: State, x: Tensor, purpose: tuple[object, ...] = ()
     ) -> tuple[State, Parts]:
         """[n, C] -> [n, q] and [q, C]."""
-        small = x.dim() != 2 or self.least * sum(x.shape) >= x.numel()
-        if small or not bool(torch.isfinite(x).all()):
+        if x.dim() != 2 or self.least * sum(x.shape) >= x.numel() or not x.isfinite().all():
             return state, {"x": x}
         u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
         q = self.rank(s)

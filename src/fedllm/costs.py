@@ -240,9 +240,8 @@ def break_even(
     unit = sum(size * share(used, role, many[role], way) for role, size in said.items()
                for way in ex.WAYS)  # fmt: skip
     row = tokens * unit + 2 * lost + 2 * INT
-    up, down = parameters_payload(model)
-    up, down = (n * share(used, "parameter", sent, w) for n, w in ((up, "up"), (down, "down")))
-    return (up + down) / row
+    paid = zip(parameters_payload(model), ex.WAYS, strict=True)
+    return sum(size * share(used, "parameter", sent, way) for size, way in paid) / row
 
 
 def batches(rows: int, size: int) -> int:

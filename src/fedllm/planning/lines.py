@@ -355,6 +355,7 @@ def _activations(est: Estimator, spec: ex.Activations, data: Sizes, named: str) 
         frames = _split_frames(est, crowd, private, home, sent, averages + late, uploads)
         flops, memory, server = _split_client(est, crowd, data, cut, home)
         hidden = int(private.tokens.mean()), model.width
+        shapes: costs.Shapes
         shapes = {"activation": {"hidden": hidden}, "gradient": {"gradient": hidden},
                   "parameter": sent}  # fmt: skip
         bills.append(_Bill(crowd, up, down, shapes, frames, flops, memory, server, number))

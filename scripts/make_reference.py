@@ -192,9 +192,9 @@ MEANING = {
     "each message is a process of its own at the site (parameters and logits; slower, one port)",
     "exchange.deadline": "seconds for the answers of one step; who is later is left out of it, and "
                          "what still comes is counted and dropped. In one process nobody is late",
-    "exchange.codecs": "codec by role, e.g. `{ activation = \"fp16\" }`: `none`, `fp16`, `int8` "
-    "(256 steps in a row's range), `lowrank-16` (a matrix of rank 16), `energy-95` (the least rank "
-    "with 95 % of a matrix's energy); `energy-95-98` rises from the first round to the last",
+    "exchange.codecs": "codec by role, e.g. `{ activation = \"int8\" }`, or a table of codecs by "
+    "tensors' names and ways, e.g. `{ parameter = { up = \"topk-10+int8+feedback\" } }`: "
+    "[small messages](small-messages.md)",
     "evaluation.every": "rounds between evaluations; 0: only after the last",
     "evaluation.batch_size": "rows in a batch of evaluation and of public logits",
     "evaluation.on": "which held-out rows",

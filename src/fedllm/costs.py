@@ -17,6 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from fedllm import experiment as ex
+from fedllm.codecs import Codecs, chosen, codec
+from fedllm.codecs.base import Shape, weight
 from fedllm.lora import shape_at
 from fedllm.message import Fact, Message, pack
 from fedllm.models.core import Core, Part
@@ -26,9 +28,10 @@ from fedllm.models.tunables import blocks_of
 
 FLOAT = 4
 INT = 4
-SHARE = {"none": 1.0, "fp16": 0.5}  # bytes behind a codec, of those before it
 Roles = dict[str, int]
 """Bytes by the role of a tensor."""
+Shapes = Mapping[str, Mapping[str, Shape]]
+"""Of the tensors of one frame: by role, by name."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,14 @@ def knowledge_shapes(
     return found
 
 
+def by_role(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, dict[str, Shape]]:
+    """Shapes and roles by name -> shapes by role and name."""
+    found: dict[str, dict[str, Shape]] = {}
+    for name, (shape, role) in shapes.items():
+        found.setdefault(role, {})[name] = shape
+    return found
+
+
 def knowledge_roles(spec: ex.Logits, public: PublicSize, model: LanguageModel) -> Roles:
     """Bytes by role of what one model says of public rows."""
     found: Roles = {}
@@ -162,9 +173,37 @@ def activations_roles(
     return up, down
 
 
-def coded(roles: Roles, codecs: Mapping[str, str]) -> int:
-    """Bytes of these roles behind the codecs; one that is not known here is taken for none."""
-    return round(sum(n * SHARE.get(codecs.get(role, "none"), 1.0) for role, n in roles.items()))
+def share(codecs: Codecs, role: str, shapes: Mapping[str, Shape], way: str) -> float:
+    """
+    Bytes of tensors of this role behind their codecs, of those before (4 a number).
+
+    Where the data decides, the most that it can be; a codec that changes over the rounds is taken
+    half-way.
+    """
+    before = behind = 0
+    for name, shape in shapes.items():
+        used = chosen(codecs, role, name, way)
+        dense = math.prod(shape) * FLOAT
+        before += dense
+        behind += dense if used == "none" else weight(codec(used, 0.5).layout(shape))
+    return behind / before if before else 1.0
+
+
+LARGE: Shape = (1000, 1000)  # for a tensor that nobody knows the shape of
+
+
+def coded(roles: Roles, codecs: Codecs, shapes: Shapes | None = None, way: str = "up") -> int:
+    """Bytes of these roles behind the codecs; shapes: of the tensors that these bytes are."""
+    known = shapes or {}
+    return round(
+        sum(n * share(codecs, r, known.get(r, {"": LARGE}), way) for r, n in roles.items())
+    )
+
+
+def inexact(codecs: Codecs) -> list[str]:
+    """Those of these codecs whose bytes depend on the data."""
+    named = {n for v in codecs.values() for n in ([v] if isinstance(v, str) else v.values())}
+    return sorted(name for name in named if not codec(name).exact)
 
 
 def header(
@@ -193,21 +232,26 @@ def header(
 
 
 def break_even(
-    model: LanguageModel, tokens: float = 1.0, codecs: Mapping[str, str] | None = None,
+    model: LanguageModel, tokens: float = 1.0, codecs: Codecs | None = None,
     spec: ex.Logits | None = None,
 ) -> float:  # fmt: skip
     """
     Public rows a round below which logits send less than parameters, both directions together.
 
-    Units of ``tokens`` predicted positions a row (classification: 1), each side behind its codec.
-    The head is included, where it travels.  spec: the form of what is said; none: all logits.
+    Units of ``tokens`` predicted positions a row (classification: 1), each side behind its codec,
+    that of logits as of a thousand units. The head is included, where it travels.  spec: the form
+    of what is said; none: all logits.
     """
-    share = {role: SHARE.get(codec, 1.0) for role, codec in (codecs or {}).items()}
-    said = knowledge_roles(spec or ex.Logits(), PublicSize(1, 1, 1), model)
+    taught, used = spec or ex.Logits(), codecs or {}
+    said = knowledge_roles(taught, PublicSize(1, 1, 1), model)
     lost = said.pop("statistic", 0)
-    unit = sum(size * share.get(role, 1.0) for role, size in said.items())
-    row = 2 * (tokens * unit + lost) + 2 * INT
-    return sum(parameters_payload(model)) * share.get("parameter", 1.0) / row
+    many = by_role(knowledge_shapes(taught, PublicSize(1000, 1000, 1000), model))
+    sent = {n: tuple(model.initial[n].shape) for n in travelling(model)}
+    unit = sum(size * share(used, role, many[role], way) for role, size in said.items()
+               for way in ex.WAYS)  # fmt: skip
+    row = tokens * unit + 2 * lost + 2 * INT
+    paid = zip(parameters_payload(model), ex.WAYS, strict=True)
+    return sum(size * share(used, "parameter", sent, way) for size, way in paid) / row
 
 
 def batches(rows: int, size: int) -> int:

@@ -472,8 +472,17 @@ Strategy = Annotated[
 ]
 
 
-CODECS = ("none", "fp16", "int8")  # of ``codecs``; it loads torch
-SIZED = {"lowrank": 999_999, "energy": 100}  # with a number, at most this
+INTEGERS = tuple(
+    f"int{bits}{along}{rounding}"
+    for bits in (8, 4)
+    for rounding in ("", "-stochastic")
+    for along in ("", "-tensor", "-channel")
+)
+CODECS = ("none", "fp16", "bf16", *INTEGERS, "sign", "zstd")  # of ``codecs``; it loads torch
+SIZED = {"lowrank": 999_999, "energy": 100, "topk": 100, "random": 100}  # with at most this number
+FEEDBACK = "feedback"
+ORDER = (tuple(SIZED), CODECS[1:-1], ("zstd",), (FEEDBACK,))  # one of each may follow
+WAYS = ("up", "down")
 
 
 def sized(name: str) -> tuple[str, int, int] | None:
@@ -485,18 +494,44 @@ def sized(name: str) -> tuple[str, int, int] | None:
     return (found[1], first, last) if max(first, last) <= SIZED[found[1]] else None
 
 
-def _codec(name: str) -> str:
-    if name not in CODECS and sized(name) is None:
-        raise ValueError(f"unknown codec; {nearest(name, [*CODECS, *(f'{k}-16' for k in SIZED)])}")
-    return name
+def stages(name: str) -> list[str]:
+    """
+    ``topk-10+int8+zstd`` -> its codecs in the order of encoding.
+
+    Raises ValueError for a codec that there is not, and for an order that means nothing.
+    """
+    if name == "none":
+        return [name]
+    found = name.split("+")
+    known = [*CODECS, *(f"{kind}-16" for kind in SIZED)]
+    places = []
+    for stage in found:
+        kind = (sized(stage) or (stage,))[0]
+        place = [i for i, some in enumerate(ORDER) if kind in some and stage not in SIZED]
+        if not place:
+            raise ValueError(f"unknown codec {stage!r}; {nearest(stage, known)}")
+        places += place
+    if places != sorted(set(places)) or found == [FEEDBACK]:
+        raise ValueError(
+            f"codecs {name!r}: at most one each of what leaves numbers out, what makes them short, "
+            "'zstd' and 'feedback', in this order; expected e.g. 'topk-10+int8+zstd+feedback'"
+        )
+    return found
 
 
-Codec = Annotated[str, AfterValidator(_codec)]
+def _codec(value: str | dict[str, str]) -> str | dict[str, str]:
+    for name in (value,) if isinstance(value, str) else value.values():
+        stages(name)
+    return value
+
+
+Codec = Annotated[str | dict[str, str], AfterValidator(_codec)]
 
 
 class Exchange(Section):
     """
-    What happens between strategy and wire. ``codecs`` maps a role to a codec's name.
+    What happens between strategy and wire. ``codecs`` maps a role to a codec's name, or to a table
+    of them by patterns of tensors' names, of which the first that fits counts.
 
     resident: sites stay for the whole run, in a session; else each message is a process of its own.
     """
@@ -719,6 +754,7 @@ class Experiment(Section):
                     f"sweep: keys of one [[sweep]] change together and need as many values each "
                     f"(here {counts})"
                 )
+        self._fed_back()
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: the same seed twice")
         if self.task.kind != "classification" and self.tunables.head != "shared":
@@ -731,6 +767,32 @@ class Experiment(Section):
                 f"exchange.clients_per_round: {every} of {self.simulation.clients} clients"
             )
         return self
+
+    def _fed_back(self) -> None:
+        """What was left out can be added to the next only where each is a difference."""
+        spec = self.strategy
+        for role, value in self.exchange.codecs.items():
+            table = {"up:*": value} if isinstance(value, str) else value
+            for key, name in table.items():
+                if not name.endswith(f"+{FEEDBACK}"):
+                    continue
+                where = f"exchange.codecs.{role} = {name!r}"
+                if role != "parameter":
+                    raise ValueError(
+                        f"{where}: rows differ from message to message, and what is left out of "
+                        f"one is no part of the next; expected it without '+{FEEDBACK}'"
+                    )
+                if isinstance(value, str) or key.partition(":")[0] != "up":
+                    raise ValueError(
+                        f"{where}: only what clients send is a new difference each time; expected "
+                        f"exchange.codecs.parameter = {{ up = {name!r} }}"
+                    )
+                whole = isinstance(spec, Parameters) and spec.payload == "value"
+                if whole or isinstance(spec, Activations):
+                    raise ValueError(
+                        f"{where}: needs differences, and here values travel; expected "
+                        "strategy.kind = 'parameters' with payload = 'delta' or 'change'"
+                    )
 
     def _chosen(self) -> None:
         """What multiple choice and Rouge-L ask of the data, and keys that mean nothing without."""

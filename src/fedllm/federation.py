@@ -203,7 +203,7 @@ def assemble(
     if remote is None:
         worker = host(half, experiment, prepared, run, listener)
         size = experiment.simulation.cohort or cohort_size(model, experiment.training)
-        endpoint = Endpoint(worker.handle, spec.codecs, experiment.rounds)  # type: ignore[arg-type]
+        endpoint = Endpoint(worker.handle, spec.codecs, experiment.rounds, seed, worker)  # type: ignore[arg-type]
         transport = Local(list(worker.sites), endpoint, size)
         clients = worker
     else:
@@ -214,7 +214,7 @@ def assemble(
     exchange = Exchange(
         transport, ledger, run, model.base_hash, spec.codecs,  # type: ignore[arg-type]
         spec.minimum_replies, listener.step, prepared.measured, clock, spec.deadline, listener.note,
-        experiment.rounds,
+        experiment.rounds, seed,
     )  # fmt: skip
     if isinstance(clients, Distant):
         clients.exchange = exchange

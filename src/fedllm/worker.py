@@ -17,7 +17,7 @@ from fedllm.errors import FedllmError
 from fedllm.lora import shape_fits
 from fedllm.message import Failure, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
-from fedllm.states import States
+from fedllm.states import State, States
 from fedllm.strategies.base import Site, Strategy
 from fedllm.training.cohort import together
 from fedllm.training.evaluate import generate, rouge_l, statistics
@@ -25,6 +25,7 @@ from fedllm.training.jobs import Tasked
 
 LOG = logging.getLogger(__name__)
 TAKES = ("train", "replace", "evaluate")  # tasks whose tensors are parameters
+LEFT_OUT = "left-out"  # group of a client's state: what its codecs did not send (``exchange``)
 PAID = "paid"  # group of a client's state: what it computed once (``training.known``)
 REMEMBERED = 16  # answers that are kept in case they got lost, besides those of the last call
 
@@ -121,6 +122,21 @@ class Worker:
             self._last[client] = (message.id, reply)
             self._last.move_to_end(client)
         return reply
+
+    def recall(self, client: str) -> dict[str, State]:
+        """What a client's codecs left out of tensors, as of the last committed round."""
+        found: dict[str, State] = {}
+        if client in self.sites:
+            for key, tensor in self.states.committed(client).items():
+                if key.startswith(f"{LEFT_OUT}/"):
+                    name, _, part = key.removeprefix(f"{LEFT_OUT}/").rpartition("//")
+                    found.setdefault(name, {})[part] = tensor
+        return found
+
+    def retain(self, client: str, states: Mapping[str, State]) -> None:
+        """Keep what they leave out in the open round."""
+        flat = {f"{name}//{part}": t for name, state in states.items() for part, t in state.items()}
+        self.sites[client].keep(LEFT_OUT, flat)
 
     def standing(self) -> dict[str, Any]:
         """What a worker in another process needs to go on in the open round."""

@@ -85,11 +85,12 @@ def line(estimator: Estimator, spec: ex.Strategy, data: Sizes) -> Line:
 
 @dataclass
 class _Bill:
-    """What one client of a crowd has to pay, as it is added up."""
+    """What one client of a crowd has to pay, as it is added up; shapes: of what it pays for."""
 
     crowd: Crowd
     up: Roles
     down: Roles
+    shapes: costs.Shapes
     frames: _Frames
     flops: float
     memory: int
@@ -107,7 +108,10 @@ def _total(
     shares, payloads = [], []
     for bill in bills:
         site = bill.crowd.site
-        payload = [costs.coded(roles, codecs) for roles in (bill.up, bill.down)]  # type: ignore[arg-type]
+        payload = [
+            costs.coded(roles, codecs, bill.shapes, way)  # type: ignore[arg-type]
+            for way, roles in (("up", bill.up), ("down", bill.down))
+        ]
         up, down = payload[0] + round(bill.frames.up), payload[1] + round(bill.frames.down)
         seconds = bill.flops / site.flops + up / site.up + down / site.down
         seconds += bill.frames.messages * site.latency
@@ -222,8 +226,10 @@ def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) ->
     bills = []
     for crowd, ranks in _ranked(est.experiment, data):
         frames, flops, memory, paid = _Frames(est, "parameters", crowd), 0.0, 0, 0.0
+        every: dict[str, tuple[int, ...]] = {}
         for rank, share in ranks.items():
             sent = costs.shapes(est.model, costs.travelling(est.model), rank)
+            every |= {f"{rank}/{name}" if len(ranks) > 1 else name: sent[name] for name in sent}
             frames.add("down", "a1", "train", "parameter", share, sent)
             frames.add("up", "a3", "", "parameter", share, sent,
                        weight=float(len(crowd.train.lengths)), loss=LOSS)  # fmt: skip
@@ -231,7 +237,7 @@ def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) ->
             flops, memory = flops + share * more, max(memory, most)
             paid += share * costs.parameters_payload(est.model, rank)[0]
         roles = {"parameter": round(paid)}
-        bills.append(_Bill(crowd, roles, roles, frames, flops, memory))
+        bills.append(_Bill(crowd, roles, roles, {"parameter": every}, frames, flops, memory))
     present = est.experiment.exchange.clients_per_round or data.clients
     found = _total(est, data, bills, "parameters", named, 0.0, (present + 1) * whole)
     if spec.mentor is not None:
@@ -272,7 +278,8 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
     size = PublicSize(drawn, round(whole.tokens * drawn / every),
                       round(whole.units * drawn / every))  # fmt: skip
     said = costs.knowledge_roles(spec, size, model)
-    shapes = {n: s for n, (s, _) in costs.knowledge_shapes(spec, size, model).items()}
+    shaped = costs.knowledge_shapes(spec, size, model)
+    shapes = {n: s for n, (s, _) in shaped.items()}
     role = "feature" if spec.form == "features" else "logit"
     looked = est.in_order(rows, experiment.evaluation.batch_size)
     learnt = est.anew(rows, spec.batch_size or training.batch_size, data.longest, spec.epochs)
@@ -316,7 +323,8 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
         memory = max(memory + beside, est.held(model.whole) + most + kept + beside, peak + kept)
         index = said.get("index", 0) + 2 * drawn * costs.INT
         sent = {**said, "index": index, "token": shipping}
-        bills.append(_Bill(crowd, upward, sent, frames, flops + more, memory))
+        bills.append(_Bill(crowd, upward, sent, costs.by_role(shaped), frames, flops + more,
+                           memory))  # fmt: skip
     present = experiment.exchange.clients_per_round or data.clients
     server, server_memory = 0.0, (present + 1) * sum(said.values())
     if spec.server_model:
@@ -374,7 +382,11 @@ def _activations(est: Estimator, spec: ex.Activations, data: Sizes, named: str) 
         down["parameter"] += round(late * half)
         frames = _split_frames(est, crowd, private, home, sent, averages + late, uploads)
         flops, memory, server = _split_client(est, crowd, data, cut, home)
-        bills.append(_Bill(crowd, up, down, frames, flops, memory, server, number))
+        hidden = int(private.tokens.mean()), model.width
+        shapes: costs.Shapes
+        shapes = {"activation": {"hidden": hidden}, "gradient": {"gradient": hidden},
+                  "parameter": sent}  # fmt: skip
+        bills.append(_Bill(crowd, up, down, shapes, frames, flops, memory, server, number))
     server_flops = sum(bill.server * bill.crowd.count for bill in bills) / data.clients
     memory = _split_server(est, spec, data, cut, home)
     serial = spec.server == "sequential"

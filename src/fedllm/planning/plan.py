@@ -80,9 +80,9 @@ def even_rows(experiment: ex.Experiment, data: Sizes, estimator: Estimator) -> d
     if not model.classification:
         public = data.public if len(data.public.lengths) else data.crowds[0].train
         per_row = public.size.units / max(public.size.rows, 1)
-    codecs: dict[str, str] = dict(experiment.exchange.codecs)  # type: ignore[arg-type]
+    codecs = dict(experiment.exchange.codecs)
     (taught,) = (one for one in options(experiment) if isinstance(one, ex.Logits))
-    now = costs.break_even(model, per_row, codecs, taught)
+    now = costs.break_even(model, per_row, codecs, taught)  # type: ignore[arg-type]
     key = SIZE.get(spec.kind)
     if key is None:
         return {0: now}
@@ -112,6 +112,8 @@ def _notes(experiment: ex.Experiment, estimator: Estimator) -> Iterator[str]:
     if model.family is None:
         kind = model.model.config.model_type
         yield f"models of type {kind!r}: memory with attention written out, an upper bound"
-    unknown = {c for c in experiment.exchange.codecs.values() if c not in costs.SHARE}
-    if unknown:
-        yield f"codecs {sorted(unknown)}: their savings are not foreseen, bytes are without them"
+    if open_ended := costs.inexact(experiment.exchange.codecs):  # type: ignore[arg-type]
+        yield (
+            f"codecs {open_ended}: what they save depends on the data, bytes are the most that "
+            "they can be"
+        )

@@ -132,6 +132,23 @@ MEANING = {
                         "example allowed",
     "parameters.payload": "clients send their tunables, or the difference from what they got "
     "(`delta`); `change`: that, and the server sends what changed since the first values",
+    "parameters.server": "what the server makes of the clients' mean change",
+    "parameters.client": "what keeps a client near the others while it trains",
+    "momentum.rate": "of the server's step",
+    "momentum.beta": "share of the last step that is kept",
+    "adagrad.rate": "of the server's step; each number moves by about this much a round",
+    "adagrad.beta1": "share of the last step that is kept",
+    "adagrad.tau": "changes much smaller than this move less",
+    "yogi.rate": "as for `adagrad`",
+    "yogi.beta1": "as for `adagrad`",
+    "yogi.beta2": "how slowly the measure of what changes are usual follows",
+    "yogi.tau": "as for `adagrad`",
+    "adam.rate": "as for `adagrad`",
+    "adam.beta1": "as for `adagrad`",
+    "adam.beta2": "as for `yogi`",
+    "adam.tau": "as for `adagrad`",
+    "prox.mu": "weight of the distance; 0 is `plain`. With SGD it must stay well below "
+    "2 / `training.rate`, or steps overshoot",
     "parameters.mentor": "a larger model that each client keeps for itself: it and the common one "
     "teach each other (FedKD)",
     "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted tokens)",
@@ -332,6 +349,10 @@ def _kinds(title: str, options: list[type[BaseModel]], level: str) -> Iterator[s
         yield f'{level} {title} kind = "{kind}"'
         yield f"\n{_prose(model)}\n"
         yield from _table(model, f"{kind}.", ("kind",))
+        for key, field in model.model_fields.items():
+            inner = _options(field.annotation)
+            if len(inner) > 1:
+                yield from _kinds(f"{title.removesuffix(']')}.{key}]", inner, f"{level}#")
 
 
 def page() -> str:

@@ -64,9 +64,16 @@ def travelling(model: LanguageModel) -> list[str]:
     return list(model.initial)
 
 
-def parameters_payload(model: LanguageModel) -> tuple[int, int]:
-    """(up, down) of one client and round: the tunables, once each way."""
+def parameters_roles(model: LanguageModel, spec: ex.Parameters | None = None) -> Roles:
+    """Bytes each way, by role: the tunables, and as many control variates under SCAFFOLD."""
     size = tunable_bytes(model, travelling(model))
+    scaffold = spec is not None and isinstance(spec.client, ex.Scaffold)
+    return {"parameter": size} | ({"gradient": size} if scaffold else {})
+
+
+def parameters_payload(model: LanguageModel, spec: ex.Parameters | None = None) -> tuple[int, int]:
+    """(up, down) of one client and round: the same each way."""
+    size = sum(parameters_roles(model, spec).values())
     return size, size
 
 
@@ -158,19 +165,20 @@ def coded(roles: Roles, codecs: Mapping[str, str]) -> int:
 
 
 def header(
-    sent: Mapping[str, Sequence[int]], role: str = "", step: str = "a1", task: str = "",
-    facts: dict[str, Fact] | None = None, run: str = "", client: str = "",
+    sent: Mapping[str, Sequence[int]], role: str | Mapping[str, str] = "", step: str = "a1",
+    task: str = "", facts: dict[str, Fact] | None = None, run: str = "", client: str = "",
 ) -> int:  # fmt: skip
     """
     Bytes of a frame that are no tensor data: names, shapes and facts, and who speaks.
 
-    sent: shapes of four-byte tensors by name, all of one role.
+    sent: shapes of four-byte tensors by name, all of one role, or each of its own.
     """
     message = Message(
         step, task, {}, {}, facts or {}, client, "1.1.10", 1, run, 1, "0" * 16
     )  # fmt: skip
     bare = len(pack(message))
-    roles = sum(len(f'"{name}":"{role}",') for name in sent) - bool(sent)
+    of = dict.fromkeys(sent, role) if isinstance(role, str) else role
+    roles = sum(len(f'"{name}":"{of[name]}",') for name in sent) - bool(sent)
     shapes, end = 0, 0
     for name, shape in sent.items():
         begin, end = end, end + math.prod(shape) * FLOAT
@@ -184,20 +192,22 @@ def header(
 
 def break_even(
     model: LanguageModel, tokens: float = 1.0, codecs: Mapping[str, str] | None = None,
-    spec: ex.Logits | None = None,
+    spec: ex.Logits | None = None, sent: ex.Parameters | None = None,
 ) -> float:  # fmt: skip
     """
     Public rows a round below which logits send less than parameters, both directions together.
 
     Units of ``tokens`` predicted positions a row (classification: 1), each side behind its codec.
     The head is included, where it travels.  spec: the form of what is said; none: all logits.
+    sent: how parameters are trained; none: plainly.
     """
     share = {role: SHARE.get(codec, 1.0) for role, codec in (codecs or {}).items()}
     said = knowledge_roles(spec or ex.Logits(), PublicSize(1, 1, 1), model)
     lost = said.pop("statistic", 0)
     unit = sum(size * share.get(role, 1.0) for role, size in said.items())
     row = 2 * (tokens * unit + lost) + 2 * INT
-    return sum(parameters_payload(model)) * share.get("parameter", 1.0) / row
+    each = parameters_roles(model, sent)
+    return 2 * sum(size * share.get(role, 1.0) for role, size in each.items()) / row
 
 
 def batches(rows: int, size: int) -> int:
@@ -213,7 +223,11 @@ def bound_steps(client: ClientSize, training: ex.Training, rounds: int) -> int:
 def disk(model: LanguageModel, spec: ex.Strategy, clients: int) -> int:
     """Bytes of a run folder, roughly: two checkpoints of all states, the adapter, the ledger."""
     own = tunable_bytes(model)
-    kept = {"parameters": 1, "logits": clients + 1, "activations": 3 + clients,
+    common = 1
+    if isinstance(spec, ex.Parameters):
+        common += {"average": 0, "momentum": 1}.get(spec.server.kind, 2)
+        common += 1 + clients if isinstance(spec.client, ex.Scaffold) else 0
+    kept = {"parameters": common, "logits": clients + 1, "activations": 3 + clients,
             "standalone": 3 * clients, "centralized": 3}[spec.kind]  # fmt: skip
     return 2 * kept * own + own + 200_000
 

@@ -220,9 +220,89 @@ class Training(Section):
     padding: Literal["bucket", "longest", "fixed"] = "bucket"
 
 
+class Average(Section):
+    """The common tunables become the clients' mean (FedAvg, arXiv 1602.05629)."""
+
+    kind: Literal["average"] = "average"
+
+
+class Momentum(Section):
+    """
+    The mean of the clients' changes moves the common tunables with momentum (FedAvgM, arXiv
+    1909.06335); ``beta = 0`` leaves a rate of the server's own.
+    """
+
+    kind: Literal["momentum"] = "momentum"
+    rate: Rate = 1.0
+    beta: Fraction = 0.9
+
+
+class Adagrad(Section):
+    """FedAdagrad (arXiv 2003.00295) on the mean of the clients' changes."""
+
+    kind: Literal["adagrad"] = "adagrad"
+    rate: Rate = 0.01
+    beta1: Fraction = 0.0
+    tau: Rate = 1e-3
+
+
+class Yogi(Section):
+    """FedYogi (arXiv 2003.00295) on the mean of the clients' changes."""
+
+    kind: Literal["yogi"] = "yogi"
+    rate: Rate = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    tau: Rate = 1e-3
+
+
+class Adam(Section):
+    """FedAdam (arXiv 2003.00295) on the mean of the clients' changes."""
+
+    kind: Literal["adam"] = "adam"
+    rate: Rate = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    tau: Rate = 1e-3
+
+
+ServerStep = Annotated[Average | Momentum | Adagrad | Yogi | Adam, Field(discriminator="kind")]
+
+
+class Plain(Section):
+    """Each client minimizes the loss of its own rows."""
+
+    kind: Literal["plain"] = "plain"
+
+
+class Prox(Section):
+    """
+    The distance from what came is part of a client's loss, mu / 2 |w - w_global|^2 (FedProx, arXiv
+    1812.06127); ``training.clip`` clips both together.
+    """
+
+    kind: Literal["prox"] = "prox"
+    mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+
+
+class Scaffold(Section):
+    """
+    Gradients are corrected by control variates, which travel, too (SCAFFOLD, arXiv 1910.06378,
+    option II). Needs plain SGD; ``training.clip`` clips a gradient before it is corrected.
+    """
+
+    kind: Literal["scaffold"] = "scaffold"
+
+
+ClientStep = Annotated[Plain | Prox | Scaffold, Field(discriminator="kind")]
+
+
 class Parameters(Section):
     """
     Clients exchange tunables (steps a1 to a4).
+
+    ``server`` says what becomes of the clients' mean change, ``client`` what holds a client back
+    that has rows unlike the others'. Any two of them go together.
 
     ``mentor`` is a larger model that each client has for itself, reading the same tokens: it and
     the experiment's model teach each other, and only the latter travels (FedKD, arXiv 2108.13323).
@@ -231,6 +311,8 @@ class Parameters(Section):
     kind: Literal["parameters"] = "parameters"
     payload: Literal["value", "delta", "change"] = "value"
     aggregation: Literal["mean", "uniform"] = "mean"
+    server: ServerStep = Average()
+    client: ClientStep = Plain()
     mentor: str | None = None
 
 
@@ -573,7 +655,9 @@ class Experiment(Section):
         parts = (("strategy", self.strategy), ("compare.parameters", self.compare.parameters))
         for where, part in parts:
             if isinstance(part, Parameters) and part.mentor is not None:
-                self._mentored(where)
+                self._mentored(where, part)
+            if isinstance(part, Parameters) and isinstance(part.client, Scaffold):
+                self._corrected(where)
         if not self.exchange.resident and self.strategy.kind == "activations":
             raise ValueError(
                 "exchange.resident = false: activations cross for every batch, for which sites "
@@ -662,8 +746,30 @@ class Experiment(Section):
                 f"{where}.max_entropy: only with knowledge = 'entropy' (here {spec.knowledge!r})"
             )
 
-    def _mentored(self, where: str) -> None:
+    def _corrected(self, where: str) -> None:
+        """What SCAFFOLD's control variates cannot be learnt from."""
+        key = f"{where}.client.kind = 'scaffold'"
+        if self.training.optimizer != "sgd" or self.training.momentum:
+            used = f"momentum = {self.training.momentum:g}" if self.training.momentum else repr(
+                self.training.optimizer
+            )  # fmt: skip
+            raise ValueError(
+                f"{key}: (x - y) / (K eta) is a mean of gradients for plain SGD only (here {used});"
+                " expected training.optimizer = 'sgd' without momentum, or client.kind = 'prox'"
+            )
+        if self.exchange.minimum_replies is not None:
+            raise ValueError(
+                f"{key}: c has to hear of every change of c_k, and a reply that is lost or late "
+                "would not be made up for; leave exchange.minimum_replies out"
+            )
+
+    def _mentored(self, where: str, spec: Parameters) -> None:
         """What a mentor cannot do yet."""
+        if spec.client.kind != "plain":
+            raise ValueError(
+                f"{where}.mentor: its pupil is held back by nothing else; expected "
+                f"{where}.client.kind = 'plain' (here {spec.client.kind!r})"
+            )
         if self.task.kind != "classification":
             raise ValueError(f"{where}.mentor: for task.kind = 'classification' only so far")
         if self.tunables.head == "personal":

@@ -25,8 +25,11 @@ def variant(experiment: ex.Experiment) -> str:
         cut = spec.cut or "half"
         home = ", labels at the client" if spec.labels == "client" else ""
         return f"activations ({spec.server}, cut {cut}{home})"
-    if isinstance(spec, ex.Parameters) and spec.mentor is not None:
-        return "parameters (with mentors)"
+    if isinstance(spec, ex.Parameters):
+        said = ["with mentors"] if spec.mentor is not None else []
+        said += [one.kind for one in (spec.client, spec.server)
+                 if one.kind not in ("plain", "average")]  # fmt: skip
+        return f"parameters ({', '.join(said)})" if said else "parameters"
     if isinstance(spec, ex.Logits):
         return "logits" if spec.server_model else "logits (no server model)"
     if isinstance(spec, ex.Standalone) and spec.public:

@@ -18,6 +18,8 @@ from fedllm.message import Failure, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.states import States
 from fedllm.strategies.base import Site, Strategy
+from fedllm.strategies.corrections import SLOT
+from fedllm.strategies.parameters import Parameters
 from fedllm.training.cohort import together
 from fedllm.training.evaluate import generate, rouge_l, statistics
 from fedllm.training.jobs import Tasked
@@ -84,7 +86,8 @@ class Worker:
         return last[1] if last is not None and last[0] == message.id else None
 
     def _answer(self, site: Site, message: Message) -> Tasked[Message]:
-        _only_tunables(site, message)
+        controlled = isinstance(self.strategy, Parameters) and self.strategy.scaffold
+        _only_tunables(site, message, SLOT if controlled else "")
         if message.task == "evaluate":
             return (yield from self._evaluate(site, message))
         if message.task == "save":
@@ -214,9 +217,11 @@ class Worker:
         self._last.clear()
 
 
-def _only_tunables(site: Site, message: Message) -> None:
+def _only_tunables(site: Site, message: Message, beside: str) -> None:
     """
     Raise FedllmError for parameters that are none of this experiment's tunables.
+
+    beside: how names end of tensors that come with these tunables, one for each; empty: of none.
 
     The base is frozen, and a site allowed these tunables and no others. Tasks that take parameters
     take nothing else, whatever the sender calls it.
@@ -226,8 +231,9 @@ def _only_tunables(site: Site, message: Message) -> None:
     for name, tensor in message.tensors.items():
         if not takes and message.roles[name] is not Role.PARAMETER:
             continue
-        fits = [model for model in models if name in model.initial
-                and model.initial[name].shape == tensor.shape]  # fmt: skip
+        plain = name.removesuffix(beside) if message.task == "train" else name
+        fits = [model for model in models if plain in model.initial
+                and model.initial[plain].shape == tensor.shape]  # fmt: skip
         if not fits or tensor.dtype is not torch.float32:
             raise FedllmError(
                 f"{name!r} of {tuple(tensor.shape)} is none of this experiment's tunables"

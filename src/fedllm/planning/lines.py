@@ -21,6 +21,7 @@ from fedllm.models.loading import LanguageModel
 from fedllm.planning.estimator import Estimator
 from fedllm.planning.sizes import Batches, Crowd, Rows, Sizes
 from fedllm.strategies.activations import check_cut
+from fedllm.strategies.corrections import SLOT
 from fedllm.strategies.logits import NO_PUBLIC
 from fedllm.summary import variant
 
@@ -153,8 +154,8 @@ class _Frames:
         self.down = self.up = self.messages = 0.0
 
     def add(
-        self, direction: str, step: str, task: str = "", role: str = "", times: float = 1,
-        sent: Mapping[str, tuple[int, ...]] | None = None, **facts: Any,
+        self, direction: str, step: str, task: str = "", role: str | Mapping[str, str] = "",
+        times: float = 1, sent: Mapping[str, tuple[int, ...]] | None = None, **facts: Any,
     ) -> None:  # fmt: skip
         """So many frames of a kind."""
         size = costs.header(sent or {}, role, step, task, facts, self.run, self.client) * times
@@ -218,17 +219,24 @@ def _fitting(est: Estimator, crowd: Crowd, data: Sizes) -> tuple[float, int, int
 
 def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) -> Line:
     sent = _shapes(est.model, costs.travelling(est.model))
-    up, down = costs.parameters_payload(est.model)
+    role = dict.fromkeys(sent, "parameter")
+    travels = costs.parameters_roles(est.model, spec)
+    pulled = 0 if spec.client.kind == "plain" else travels["parameter"]  # what it is held to
+    if "gradient" in travels:
+        role |= {f"{name}{SLOT}": "gradient" for name in sent}
+        sent |= {f"{name}{SLOT}": shape for name, shape in sent.items()}
     bills = []
     for crowd in data.crowds:
         frames = _Frames(est, "parameters", crowd)
-        frames.add("down", "a1", "train", "parameter", sent=sent)
-        frames.add("up", "a3", "", "parameter", sent=sent, weight=float(len(crowd.train.lengths)),
+        frames.add("down", "a1", "train", role, sent=sent)
+        frames.add("up", "a3", "", role, sent=sent, weight=float(len(crowd.train.lengths)),
                    loss=LOSS)  # fmt: skip
         flops, memory, _, _ = _fitting(est, crowd, data)
-        bills.append(_Bill(crowd, {"parameter": up}, {"parameter": down}, frames, flops, memory))
+        bills.append(_Bill(crowd, travels, travels, frames, flops, memory + pulled))
     present = est.experiment.exchange.clients_per_round or data.clients
-    found = _total(est, data, bills, "parameters", named, 0.0, (present + 1) * up)
+    held = (present + 1) * sum(travels.values())
+    held += {"average": 0, "momentum": 1}.get(spec.server.kind, 2) * travels["parameter"]
+    found = _total(est, data, bills, "parameters", named, 0.0, held)
     if spec.mentor is not None:
         return replace(found, variant=f"{named} (clients' work without their mentors)")
     return found

@@ -137,7 +137,7 @@ def _line(
     up = down = 0
     server = 0.0
     if isinstance(spec, ex.Parameters):
-        up, down = costs.parameters_payload(model)
+        up, down = costs.parameters_payload(model, spec)
     elif isinstance(spec, ex.Logits):
         up, down = costs.logits_payload(model, public, spec)
         # distillation costs as much a token as training, a forward pass about 40 % of it

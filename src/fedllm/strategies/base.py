@@ -18,7 +18,7 @@ from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.states import States
 from fedllm.training.jobs import Fit, Tasked, Trained
-from fedllm.training.learner import Plan, Span
+from fedllm.training.learner import Plan, Pull, Span
 from fedllm.training.meter import Meter
 from fedllm.training.objectives import cross_entropy
 
@@ -112,8 +112,9 @@ class Site:
         )  # fmt: skip
 
     def fine_tune(
-        self, tunables: Group, step: str, first: int | None = None, last: int | None = None
-    ) -> Tasked[Trained]:
+        self, tunables: Group, step: str, first: int | None = None, last: int | None = None,
+        pull: Pull | None = None,
+    ) -> Tasked[Trained]:  # fmt: skip
         """This round's epochs over the private rows (a2, b1), or batches first to last - 1."""
         training = self.setup.training
         plan = self.plan(self.train, "private")
@@ -124,7 +125,7 @@ class Site:
             self.model, tunables, plan, cross_entropy, training,
             begin, begin + per_round if last is None else last,
             Span(self.round - 1, self.setup.rounds), self.meter, step,
-            self.group("optimizer") if keep else None,
+            self.group("optimizer") if keep else None, pull=pull,
         )  # fmt: skip
         if keep:
             self.keep("optimizer", result.optimizer)

@@ -30,7 +30,9 @@ class _Fitting:
     def __init__(self, job: Fit) -> None:
         self.job = job
         device = job.model.device
-        self.learner = Learner(job.tunables, job.training, job.optimizer, job.rate, device)
+        self.learner = Learner(
+            job.tunables, job.training, job.optimizer, job.rate, device, job.pull
+        )
         self.cost = job.meter.cost(job.step)
         self.core: Core
         self.batches: Iterator[Batch] | None = None
@@ -96,7 +98,8 @@ class _Fitting:
         if self.error is not None:
             return self.error
         loss = self.summed / max(self.seen, 1)
-        return Trained(self.learner.values(), self.learner.state(), loss, self.number)
+        learner = self.learner
+        return Trained(learner.values(), learner.state(), loss, self.number, learner.stepped)
 
 
 def fit(jobs: list[Fit]) -> list[Any]:

@@ -45,6 +45,7 @@ Rules between keys:
 - `plan.sites` count as many clients as `simulation.clients`.
 - `exchange.clients_per_round` is at most `simulation.clients`.
 - `data.prompt` and `data.response` go together; multiple choice needs `data.options`, too.
+- Preference needs `data.prompt`, `data.response` and `data.rejected`, and no public set.
 - `evaluation.rouge_examples` needs prompt and response of a generation.
 - `tunables.head` other than `shared` is for classification only.
 - `seeds` holds no seed twice.
@@ -72,13 +73,15 @@ MEANING = {
     "model.precision": "of the passes; the rest is float32",
     "model.quantization": "of the frozen base; `nf4` needs the extra `fedllm[qlora]`",
     "task.kind": "what is learnt",
+    "task.beta": "of DPO: how dear it is to leave the reference (preference)",
     "task.chat_template": "the prompt is one user turn of the tokenizer's chat template",
     "task.response_only": "false: tokens of the prompt are predicted, too (prompt and response)",
     "data.text": "column of the text",
     "data.label": "column of the label",
-    "data.prompt": "column of the prompt (generation) or question (multiple choice)",
-    "data.response": "column of the response (generation); multiple choice: of what names the "
-                     "right option",
+    "data.prompt": "column of the prompt (generation, preference) or question (multiple choice)",
+    "data.response": "column of the response (generation) or of the better one (preference); "
+                     "multiple choice: of what names the right option",
+    "data.rejected": "column of the worse response (preference)",
     "data.options": "column of the options: a list, or its JSON (multiple choice)",
     "data.option_pattern": "the options are all matches of this regular expression in their column "
                            "(of its group, where it has one)",
@@ -114,7 +117,7 @@ MEANING = {
     "prefix.tokens": "number of learnt keys and values; they count against the model's longest "
                      "input",
     "training.epochs": "passes over a client's rows in each round",
-    "training.batch_size": "rows in a batch",
+    "training.batch_size": "rows in a batch (preference: pairs)",
     "training.optimizer": "torch's optimizer of that name",
     "training.rate": "learning rate",
     "training.momentum": "of `sgd`",
@@ -151,7 +154,8 @@ MEANING = {
     "2 / `training.rate`, or steps overshoot",
     "parameters.mentor": "a larger model that each client keeps for itself: it and the common one "
     "teach each other (FedKD)",
-    "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted tokens)",
+    "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted tokens, "
+    "preference: pairs)",
     "logits.form": "what is said of each public unit: `logits`, `labels` (softmax at "
     "`temperature`), `top-k`, `statistics` (the likeliest output and its probability), "
     "`features` (the hidden state that the head reads)",

@@ -25,9 +25,16 @@ from fedllm.training.jobs import Fit
 from fedllm.training.learner import Pull, Span
 from fedllm.training.meter import Meter
 from fedllm.training.objectives import cross_entropy
-from small import build, experiment, finish, furthest
+import small
+from small import build, finish, furthest
 
 SCAFFOLD: dict[str, Any] = {"kind": "parameters", "client": {"kind": "scaffold"}}
+
+
+def experiment(**sections: Any) -> ex.Experiment:
+    return small.experiment("builtin#1", **sections)
+
+
 HALF = {"beta1": 0.5, "beta2": 0.5, "tau": 1.0}
 # From x = [10, 10] with changes [1, -2] and [3, 0] of two clients, the same in both rounds.
 BY_HAND: list[tuple[str, dict[str, float], list[float], list[float]]] = [
@@ -145,9 +152,11 @@ def test_mu_zero_is_fedavg_bit_for_bit() -> None:
 
 def test_control_variates_sum_up_and_cost_what_the_formula_says() -> None:
     """c is the mean of all c_k, though two of three take part; together as one by one (law 3)."""
-    ends = [
-        trained(SCAFFOLD, window, rounds=3, exchange={"clients_per_round": 2}) for window in (3, 1)
-    ]
+    sections: dict[str, Any] = {
+        "rounds": 3, "exchange": {"clients_per_round": 2},
+        "training": {"rate": 0.005, "batch_size": 4},
+    }  # fmt: skip
+    ends = [trained(SCAFFOLD, window, **sections) for window in (3, 1)]
     for server, built in ends:
         c = controls(server.optimizer)
         assert {name.removesuffix(SLOT) for name in c} == set(server.shared)
@@ -158,7 +167,7 @@ def test_control_variates_sum_up_and_cost_what_the_formula_says() -> None:
         assert any(float(tensor.abs().max()) > 1e-3 for tensor in c.values())
     (together, one), (apart, _) = ends
     assert furthest(together.shared, apart.shared) < 1e-5
-    assert furthest(together.optimizer, apart.optimizer) < 1e-4  # divided by K eta = 0.06
+    assert furthest(together.optimizer, apart.optimizer) < 1e-3  # divided by K eta
     plain = costs.parameters_payload(one.model)
     twice = costs.parameters_payload(one.model, one.experiment.strategy)  # type: ignore[arg-type]
     assert twice == (2 * plain[0], 2 * plain[1])

@@ -54,9 +54,15 @@ class Task(Section):
 
     Multiple choice trains as generation does, on the right option; it is judged by which option
     the model finds likeliest.
+
+    Preference learns from pairs of responses which of the two is better, against the model as it
+    is at first (DPO, arXiv 2305.18290); ``beta`` is what weighs leaving it.
     """
 
-    kind: Literal["classification", "generation", "multiple-choice"] = "classification"
+    kind: Literal["classification", "generation", "multiple-choice", "preference"] = (
+        "classification"
+    )
+    beta: Rate = 0.1
     chat_template: bool = False
     response_only: bool = True
 
@@ -67,13 +73,15 @@ class Data(Section):
 
     Generation takes either ``text`` alone (plain language modelling) or ``prompt`` and
     ``response``. Multiple choice takes ``prompt``, ``options`` and ``response``, which names the
-    right option. Without ``max_tokens`` the model's own limit holds (at most 512).
+    right option. Preference takes ``prompt``, ``response``, which is the better one, and
+    ``rejected``. Without ``max_tokens`` the model's own limit holds (at most 512).
     """
 
     text: str = "text"
     label: str = "label"
     prompt: str | None = None
     response: str | None = None
+    rejected: str | None = None
     options: str | None = None
     option_pattern: str | None = None
     answer_by: Literal["any", "index", "letter", "text"] = "any"
@@ -635,6 +643,7 @@ class Experiment(Section):
                 "set task.kind = 'generation' or leave prompt and response out"
             )
         self._chosen()
+        self._preferred()
         if self.model.quantization != "none":
             if self.tunables.kind != "lora":
                 raise ValueError(
@@ -702,6 +711,30 @@ class Experiment(Section):
         for key in ("options", "option_pattern"):
             if getattr(self.data, key) is not None:
                 raise ValueError(f"data.{key}: only with task.kind = 'multiple-choice'")
+
+    def _preferred(self) -> None:
+        """What preference tuning asks of the data, and what has no pairs to learn from."""
+        if self.task.kind != "preference":
+            if self.data.rejected is not None:
+                raise ValueError("data.rejected: only with task.kind = 'preference'")
+            return
+        if self.data.rejected is None or self.data.prompt is None:
+            missing = "rejected" if self.data.rejected is None else "prompt"
+            raise ValueError(
+                f"data.{missing}: preference tuning needs the columns data.prompt, data.response "
+                "(the better one) and data.rejected"
+            )
+        if not self.task.response_only:
+            raise ValueError(
+                "task.response_only = false: both responses of a pair have the same prompt, of "
+                "which nothing is learnt; leave it out"
+            )
+        if self.strategy.kind in ("logits", "activations"):
+            raise ValueError(
+                f"strategy.kind = {self.strategy.kind!r}: preferences are learnt where both "
+                "responses and the whole model are; expected 'parameters', 'standalone' or "
+                "'centralized' (for fedllm compare: compare.strategies = ['parameters'])"
+            )
 
     def _taught(self, where: str, spec: Logits) -> None:
         """What logits ask of the public set, and settings that would mean nothing."""

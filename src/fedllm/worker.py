@@ -21,7 +21,7 @@ from fedllm.strategies.base import Site, Strategy
 from fedllm.strategies.corrections import SLOT
 from fedllm.strategies.parameters import Parameters
 from fedllm.training.cohort import together
-from fedllm.training.evaluate import generate, rouge_l, statistics
+from fedllm.training.evaluate import generate, preferences, rouge_l, statistics
 from fedllm.training.jobs import Tasked
 
 LOG = logging.getLogger(__name__)
@@ -174,7 +174,14 @@ class Worker:
         if own or not self.strategy.evaluates_clients:
             tunables = {**self.strategy.own(site), **tunables}
         settings = site.setup.evaluation
-        sums = yield from statistics(model, tunables, test, settings.batch_size, site.meter, "eval")
+        task, size = site.setup.task, settings.batch_size
+        if task.kind == "preference":
+            reference = yield from site.reference("test", test, "eval")
+            sums = yield from preferences(
+                model, tunables, test, reference, task.beta, size, site.meter, "eval"
+            )
+        else:
+            sums = yield from statistics(model, tunables, test, size, site.meter, "eval")
         if settings.rouge_examples and test.prompts:
             with site.meter.step("eval"):
                 sums |= self._rouge(settings, model, tunables, test)

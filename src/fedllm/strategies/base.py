@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedllm import experiment as ex
@@ -17,10 +18,11 @@ from fedllm.knowledge.interpreter import Interpreter
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.states import States
+from fedllm.training.evaluate import likelihoods
 from fedllm.training.jobs import Fit, Tasked, Trained
 from fedllm.training.learner import Plan, Pull, Span
 from fedllm.training.meter import Meter
-from fedllm.training.objectives import cross_entropy
+from fedllm.training.objectives import Objective, Preference, cross_entropy
 
 Group = dict[str, Tensor]
 
@@ -37,6 +39,7 @@ class Setup:
     longest: int
     # of clients with another tokenizer than the server's: to the server, and back
     interpreters: Mapping[str, tuple[Interpreter, Interpreter]] = field(default_factory=dict)
+    task: ex.Task = field(default_factory=ex.Task)
     width: int = 0  # of the clients' hidden states, where these are what they say
 
 
@@ -121,8 +124,9 @@ class Site:
         per_round = plan.per_pass * training.epochs
         begin = per_round * (self.round - 1) if first is None else first
         keep = training.optimizer_state == "keep"
+        objective = yield from self._objective(plan.examples, step)
         result: Trained = yield Fit(
-            self.model, tunables, plan, cross_entropy, training,
+            self.model, tunables, plan, objective, training,
             begin, begin + per_round if last is None else last,
             Span(self.round - 1, self.setup.rounds), self.meter, step,
             self.group("optimizer") if keep else None, pull=pull,
@@ -130,6 +134,30 @@ class Site:
         if keep:
             self.keep("optimizer", result.optimizer)
         return result
+
+    def _objective(self, examples: Examples, step: str) -> Tasked[Objective]:
+        """What local training minimizes."""
+        task = self.setup.task
+        if task.kind != "preference":
+            return cross_entropy
+        reference = yield from self.reference("train", examples, step)
+        return Preference.of(examples, reference, task.beta, self.model.device)
+
+    def reference(self, name: str, examples: Examples, step: str) -> Tasked[Tensor]:
+        """
+        How much the tunables' first values prefer the better response of each pair: ln p - ln p'.
+
+        Float64 [pairs]. Found out when first asked for, and kept with the state under ``name``.
+        """
+        kept = self.group("reference")
+        if name not in kept:
+            size = self.setup.evaluation.batch_size
+            scores = yield from likelihoods(
+                self.model, self.model.initial, examples, size, self.meter, step
+            )
+            kept[name] = torch.from_numpy(scores[0::2] - scores[1::2])
+            self.keep("reference", kept)
+        return kept[name]
 
 
 Tasks = Mapping[str, Callable[[Site, Message], Message | Tasked[Message]]]
@@ -167,8 +195,9 @@ class Strategy(Protocol):
 
 
 def units(site: Site) -> float:
-    """What the loss averages over: a client's rows, or its predicted tokens."""
-    return float(site.train.targets.sum())
+    """What the loss averages over: a client's rows, its predicted tokens, or its pairs."""
+    train = site.train
+    return float(train.cases if len(train.option) else train.targets.sum())
 
 
 def mean_loss(replies: Mapping[str, Message]) -> float:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -248,12 +249,20 @@ class Plan:
     @property
     def per_pass(self) -> int:
         """Batches of one pass."""
-        return math.ceil(len(self.examples) / self.size)
+        return math.ceil(self.examples.cases / self.size)
 
     def rows(self, number: int) -> Sequence[list[int]]:
-        """Row numbers of each batch of pass ``number``."""
-        rng = stream(*self.purpose, "order", number)
-        return order(self.examples.lengths, self.size, self.padding, rng)
+        """Row numbers of each batch of pass ``number``; rows of one case stay together."""
+        rng, lengths = stream(*self.purpose, "order", number), self.examples.lengths
+        if not len(self.examples.option):
+            return order(lengths, self.size, self.padding, rng)
+        heads = self.examples.heads
+        ends = [*heads[1:].tolist(), len(lengths)]
+        longest = np.maximum.reduceat(lengths, heads)
+        return [
+            [row for case in cases for row in range(int(heads[case]), ends[case])]
+            for cases in order(longest, self.size, self.padding, rng)
+        ]
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """One batch."""

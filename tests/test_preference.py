@@ -144,10 +144,9 @@ def test_the_loss_is_dpos(spec: ex.Experiment, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fit, "LOGITS", 1 << 15)  # 32 positions at once
     for job, one, other, chunked in zip(jobs, together, single, work(jobs), strict=True):
         assert furthest(one.values, other.values) < 1e-5
-        assert (
-            furthest(one.values, chunked.values) < 1e-5 < furthest(one.values, dict(job.tunables))
-        )
-        assert one.loss == pytest.approx(chunked.loss, abs=1e-5)
+        assert furthest(one.values, chunked.values) < 1e-5
+        assert furthest(one.values, dict(job.tunables)) > 1e-4
+        assert one.loss == pytest.approx(chunked.loss, rel=1e-5)
 
 
 def test_the_margin_of_held_out_pairs_rises(spec: ex.Experiment, prepared: Prepared) -> None:

@@ -128,7 +128,7 @@ def test_a_pull_is_added_to_the_gradient() -> None:
 
 def test_with_a_large_mu_a_client_stays() -> None:
     """At mu = 1 / rate each step begins where the first one did."""
-    spec = experiment(training={"rate": 0.005, "batch_size": 2})
+    spec = experiment(training={"rate": 0.005, "batch_size": 8})
     start = build(spec).model.initial
     plain, near, none = fit(spec, 12, Pull(), Pull(200.0, toward=start), Pull(0.0, toward=start))
     assert furthest(none.values, plain.values) == 0

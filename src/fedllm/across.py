@@ -129,10 +129,15 @@ def lead(
         order = order_of(experiment, seed, folder)
         call(name, {**order, "address": sessions.address, "token": token})
 
-    if isinstance(experiment.strategy, ex.Logits):
-        experiment.strategy.models(names)  # that there are no others in its table
+    agree_on_names(experiment, names)
     remote = Called(sessions, names, bring, seconds, lost)
     return lead_over(remote, experiment, seed, folder, resume=resume, listener=listener)
+
+
+def agree_on_names(experiment: ex.Experiment, names: Sequence[str]) -> None:
+    """Raise FedllmError for a table of models in which others are named than these sites."""
+    if isinstance(experiment.strategy, ex.Logits):
+        experiment.strategy.models(names)
 
 
 def lead_over(

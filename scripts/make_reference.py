@@ -45,6 +45,7 @@ Rules between keys:
 - `plan.sites` count as many clients as `simulation.clients`.
 - `exchange.clients_per_round` is at most `simulation.clients`.
 - `data.prompt` and `data.response` go together; multiple choice needs `data.options`, too.
+- Preference needs `data.prompt`, `data.response` and `data.rejected`, and no public set.
 - `evaluation.rouge_examples` needs prompt and response of a generation.
 - `tunables.head` other than `shared` is for classification only.
 - `seeds` holds no seed twice.
@@ -72,13 +73,15 @@ MEANING = {
     "model.precision": "of the passes; the rest is float32",
     "model.quantization": "of the frozen base; `nf4` needs the extra `fedllm[qlora]`",
     "task.kind": "what is learnt",
+    "task.beta": "of DPO: how dear it is to leave the reference (preference)",
     "task.chat_template": "the prompt is one user turn of the tokenizer's chat template",
     "task.response_only": "false: tokens of the prompt are predicted, too (prompt and response)",
     "data.text": "column of the text",
     "data.label": "column of the label",
-    "data.prompt": "column of the prompt (generation) or question (multiple choice)",
-    "data.response": "column of the response (generation); multiple choice: of what names the "
-                     "right option",
+    "data.prompt": "column of the prompt (generation, preference) or question (multiple choice)",
+    "data.response": "column of the response (generation) or of the better one (preference); "
+                     "multiple choice: of what names the right option",
+    "data.rejected": "column of the worse response (preference)",
     "data.options": "column of the options: a list, or its JSON (multiple choice)",
     "data.option_pattern": "the options are all matches of this regular expression in their column "
                            "(of its group, where it has one)",
@@ -118,7 +121,7 @@ MEANING = {
     "prefix.tokens": "number of learnt keys and values; they count against the model's longest "
                      "input",
     "training.epochs": "passes over a client's rows in each round",
-    "training.batch_size": "rows in a batch",
+    "training.batch_size": "rows in a batch (preference: pairs)",
     "training.optimizer": "torch's optimizer of that name",
     "training.rate": "learning rate",
     "training.momentum": "of `sgd`",
@@ -136,10 +139,27 @@ MEANING = {
                         "example allowed",
     "parameters.payload": "clients send their tunables, or the difference from what they got "
     "(`delta`); `change`: that, and the server sends what changed since the first values",
+    "parameters.server": "what the server makes of the clients' mean change",
+    "parameters.client": "what keeps a client near the others while it trains",
+    "momentum.rate": "of the server's step",
+    "momentum.beta": "share of the last step that is kept",
+    "adagrad.rate": "of the server's step; each number moves by about this much a round",
+    "adagrad.beta1": "share of the last step that is kept",
+    "adagrad.tau": "changes much smaller than this move less",
+    "yogi.rate": "as for `adagrad`",
+    "yogi.beta1": "as for `adagrad`",
+    "yogi.beta2": "how slowly the measure of what changes are usual follows",
+    "yogi.tau": "as for `adagrad`",
+    "adam.rate": "as for `adagrad`",
+    "adam.beta1": "as for `adagrad`",
+    "adam.beta2": "as for `yogi`",
+    "adam.tau": "as for `adagrad`",
+    "prox.mu": "weight of the distance; 0 is `plain`. With SGD it must stay well below "
+    "2 / `training.rate`, or steps overshoot",
     "parameters.mentor": "a larger model that each client keeps for itself: it and the common one "
     "teach each other (FedKD)",
-    "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted "
-    "tokens); the last four are for LoRA of different ranks",
+    "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted tokens, "
+    "preference: pairs); the last four are for LoRA of different ranks",
     "parameters.balance": "as below; without it clients count by their rows alone",
     "parameters.prune": "share of its rank that a client keeps once the rest has become less in "
     "training; without it nobody prunes",
@@ -346,10 +366,13 @@ def _kinds(title: str, options: list[type[BaseModel]], level: str) -> Iterator[s
         yield f"\n{_prose(model)}\n"
         yield from _table(model, f"{kind}.", ("kind",))
         for key, field in model.model_fields.items():
-            for inside in _options(field.annotation):
+            inner = _options(field.annotation)
+            if len(inner) > 1:
+                yield from _kinds(f"{title.removesuffix(']')}.{key}]", inner, f"{level}#")
+            elif inner:
                 yield f"{level}# [{title.strip('[]')}.{key}]"
-                yield f"\n{_prose(inside)}\n"
-                yield from _table(inside, f"{key}.")
+                yield f"\n{_prose(inner[0])}\n"
+                yield from _table(inner[0], f"{key}.")
 
 
 def page() -> str:

@@ -95,6 +95,11 @@ MUTUAL: dict[str, Any] = {
 }  # fmt: skip
 
 
+SCAFFOLD: dict[str, Any] = {
+    "kind": "parameters", "client": {"kind": "scaffold"}, "server": {"kind": "adam"},
+}  # fmt: skip
+
+
 FEATURES: dict[str, Any] = {"kind": "logits", "form": "features", "loss": "mse"}
 
 
@@ -123,6 +128,7 @@ def hold(spec: ex.Experiment) -> None:
         pytest.param(GPT2, "classification", STRATEGIES[4], id="builtin-4"),
         pytest.param(GPT2, "generation", MUTUAL, id="builtin-knowledge"),
         pytest.param(GPT2, "classification", FEATURES, id="builtin-features"),
+        pytest.param(GPT2, "classification", SCAFFOLD, id="builtin-scaffold"),
         pytest.param(GPT2, "classification", {"kind": "logits", "clusters": 2},
                      id="builtin-clusters"),
     ],

@@ -55,7 +55,7 @@ def test_each_client_has_its_own_rank_under_every_rule() -> None:
             n: t.shape for n, t in first.items()
         }
         for client, rank in (("client-1", 1), ("client-2", 2), ("client-3", 4)):
-            size = costs.parameters_payload(built.model, rank)
+            size = costs.parameters_payload(built.model, rank=rank)
             for number in (1, 2):
                 assert (paid(built, number, client), paid(built, number, client, "down")) == size
         gaps[rule] = end.history[0]["product_gap"]
@@ -151,7 +151,7 @@ def test_pruned_clients_send_less_and_never_grow_again() -> None:
     assert ranks["client-1"] == 1 and ranks["client-3"] < 4
     for client, first in (("client-1", 1), ("client-2", 2), ("client-3", 4)):
         sent = [paid(built, number, client) for number in (1, 2, 3)]
-        sizes = {costs.parameters_payload(built.model, r)[0]: r for r in (1, 2, 4)}
+        sizes = {costs.parameters_payload(built.model, rank=r)[0]: r for r in (1, 2, 4)}
         found = [sizes[size] for size in sent]
         assert found == sorted(found, reverse=True) and found[0] <= first
         assert found[-1] == ranks[client]
@@ -207,7 +207,8 @@ def test_the_payload_follows_the_schedule_and_a_resumed_run_is_the_same(tmp_path
     built = build(spec)
     end = finish(built)
     for number, rank in ((1, 1), (2, 4), (3, 2)):
-        assert paid(built, number, "client-1") == costs.parameters_payload(built.model, rank)[0]
+        up, _ = costs.parameters_payload(built.model, rank=rank)
+        assert paid(built, number, "client-1") == up
     steps = {float(t) for n, t in built.worker.sites["client-1"].group("optimizer").items()
              if n.endswith("|step") and "lora" not in n}  # fmt: skip
     assert steps == {3.0 * -(-len(built.worker.sites["client-1"].train) // 8)}

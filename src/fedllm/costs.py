@@ -77,9 +77,24 @@ def travelling(model: LanguageModel) -> list[str]:
     return list(model.initial)
 
 
-def parameters_payload(model: LanguageModel, rank: int | None = None) -> tuple[int, int]:
-    """(up, down) of one client and round: the tunables, once each way; rank: if another."""
+def parameters_roles(
+    model: LanguageModel, spec: ex.Parameters | None = None, rank: int | None = None
+) -> Roles:
+    """
+    Bytes each way, by role: the tunables, and as many control variates under SCAFFOLD.
+
+    rank: of LoRA, if another.
+    """
     size = tunable_bytes(model, travelling(model), rank)
+    scaffold = spec is not None and isinstance(spec.client, ex.Scaffold)
+    return {"parameter": size} | ({"gradient": size} if scaffold else {})
+
+
+def parameters_payload(
+    model: LanguageModel, spec: ex.Parameters | None = None, rank: int | None = None
+) -> tuple[int, int]:
+    """(up, down) of one client and round: the same each way; as for ``parameters_roles``."""
+    size = sum(parameters_roles(model, spec, rank).values())
     return size, size
 
 
@@ -207,19 +222,20 @@ def inexact(codecs: Codecs) -> list[str]:
 
 
 def header(
-    sent: Mapping[str, Sequence[int]], role: str = "", step: str = "a1", task: str = "",
-    facts: dict[str, Fact] | None = None, run: str = "", client: str = "",
+    sent: Mapping[str, Sequence[int]], role: str | Mapping[str, str] = "", step: str = "a1",
+    task: str = "", facts: dict[str, Fact] | None = None, run: str = "", client: str = "",
 ) -> int:  # fmt: skip
     """
     Bytes of a frame that are no tensor data: names, shapes and facts, and who speaks.
 
-    sent: shapes of four-byte tensors by name, all of one role.
+    sent: shapes of four-byte tensors by name, all of one role, or each of its own.
     """
     message = Message(
         step, task, {}, {}, facts or {}, client, "1.1.10", 1, run, 1, "0" * 16
     )  # fmt: skip
     bare = len(pack(message))
-    roles = sum(len(f'"{name}":"{role}",') for name in sent) - bool(sent)
+    of = dict.fromkeys(sent, role) if isinstance(role, str) else role
+    roles = sum(len(f'"{name}":"{of[name]}",') for name in sent) - bool(sent)
     shapes, end = 0, 0
     for name, shape in sent.items():
         begin, end = end, end + math.prod(shape) * FLOAT
@@ -233,25 +249,25 @@ def header(
 
 def break_even(
     model: LanguageModel, tokens: float = 1.0, codecs: Codecs | None = None,
-    spec: ex.Logits | None = None,
+    spec: ex.Logits | None = None, sent: ex.Parameters | None = None,
 ) -> float:  # fmt: skip
     """
     Public rows a round below which logits send less than parameters, both directions together.
 
     Units of ``tokens`` predicted positions a row (classification: 1), each side behind its codec,
     that of logits as of a thousand units. The head is included, where it travels.  spec: the form
-    of what is said; none: all logits.
+    of what is said; none: all logits.  sent: how parameters are trained; none: plainly.
     """
     taught, used = spec or ex.Logits(), codecs or {}
     said = knowledge_roles(taught, PublicSize(1, 1, 1), model)
     lost = said.pop("statistic", 0)
     many = by_role(knowledge_shapes(taught, PublicSize(1000, 1000, 1000), model))
-    sent = {n: tuple(model.initial[n].shape) for n in travelling(model)}
     unit = sum(size * share(used, role, many[role], way) for role, size in said.items()
                for way in ex.WAYS)  # fmt: skip
     row = tokens * unit + 2 * lost + 2 * INT
-    paid = zip(parameters_payload(model), ex.WAYS, strict=True)
-    return sum(size * share(used, "parameter", sent, way) for size, way in paid) / row
+    mine = shapes(model, travelling(model))  # of control variates, too
+    paid = parameters_roles(model, sent).items()
+    return sum(size * share(used, role, mine, way) for role, size in paid for way in ex.WAYS) / row
 
 
 def batches(rows: int, size: int) -> int:
@@ -267,7 +283,11 @@ def bound_steps(client: ClientSize, training: ex.Training, rounds: int) -> int:
 def disk(model: LanguageModel, spec: ex.Strategy, clients: int) -> int:
     """Bytes of a run folder, roughly: two checkpoints of all states, the adapter, the ledger."""
     own = tunable_bytes(model)
-    kept = {"parameters": 1, "logits": clients + 1, "activations": 3 + clients,
+    common = 1
+    if isinstance(spec, ex.Parameters):
+        common += {"average": 0, "momentum": 1}.get(spec.server.kind, 2)
+        common += 1 + clients if isinstance(spec.client, ex.Scaffold) else 0
+    kept = {"parameters": common, "logits": clients + 1, "activations": 3 + clients,
             "standalone": 3 * clients, "centralized": 3}[spec.kind]  # fmt: skip
     return 2 * kept * own + own + 200_000
 

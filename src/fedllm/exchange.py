@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -181,6 +181,10 @@ class Exchange:
         self.round, self._count = round, 0
         self.ledger.rollback()
         self.meter.take()
+
+    def clients(self) -> Sequence[str]:
+        """Everybody, whether asked in this round or not."""
+        return self.transport.clients()
 
     def close(self) -> None:
         """Write down what the server computed in this round."""

@@ -62,9 +62,15 @@ class Task(Section):
 
     Multiple choice trains as generation does, on the right option; it is judged by which option
     the model finds likeliest.
+
+    Preference learns from pairs of responses which of the two is better, against the model as it
+    is at first (DPO, arXiv 2305.18290); ``beta`` is what weighs leaving it.
     """
 
-    kind: Literal["classification", "generation", "multiple-choice"] = "classification"
+    kind: Literal["classification", "generation", "multiple-choice", "preference"] = (
+        "classification"
+    )
+    beta: Rate = 0.1
     chat_template: bool = False
     response_only: bool = True
 
@@ -75,13 +81,15 @@ class Data(Section):
 
     Generation takes either ``text`` alone (plain language modelling) or ``prompt`` and
     ``response``. Multiple choice takes ``prompt``, ``options`` and ``response``, which names the
-    right option. Without ``max_tokens`` the model's own limit holds (at most 512).
+    right option. Preference takes ``prompt``, ``response``, which is the better one, and
+    ``rejected``. Without ``max_tokens`` the model's own limit holds (at most 512).
     """
 
     text: str = "text"
     label: str = "label"
     prompt: str | None = None
     response: str | None = None
+    rejected: str | None = None
     options: str | None = None
     option_pattern: str | None = None
     answer_by: Literal["any", "index", "letter", "text"] = "any"
@@ -331,9 +339,89 @@ class Balance(Section):
     cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
 
 
+class Average(Section):
+    """The common tunables become the clients' mean (FedAvg, arXiv 1602.05629)."""
+
+    kind: Literal["average"] = "average"
+
+
+class Momentum(Section):
+    """
+    The mean of the clients' changes moves the common tunables with momentum (FedAvgM, arXiv
+    1909.06335); ``beta = 0`` leaves a rate of the server's own.
+    """
+
+    kind: Literal["momentum"] = "momentum"
+    rate: Rate = 1.0
+    beta: Fraction = 0.9
+
+
+class Adagrad(Section):
+    """FedAdagrad (arXiv 2003.00295) on the mean of the clients' changes."""
+
+    kind: Literal["adagrad"] = "adagrad"
+    rate: Rate = 0.01
+    beta1: Fraction = 0.0
+    tau: Rate = 1e-3
+
+
+class Yogi(Section):
+    """FedYogi (arXiv 2003.00295) on the mean of the clients' changes."""
+
+    kind: Literal["yogi"] = "yogi"
+    rate: Rate = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    tau: Rate = 1e-3
+
+
+class Adam(Section):
+    """FedAdam (arXiv 2003.00295) on the mean of the clients' changes."""
+
+    kind: Literal["adam"] = "adam"
+    rate: Rate = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    tau: Rate = 1e-3
+
+
+ServerStep = Annotated[Average | Momentum | Adagrad | Yogi | Adam, Field(discriminator="kind")]
+
+
+class Plain(Section):
+    """Each client minimizes the loss of its own rows."""
+
+    kind: Literal["plain"] = "plain"
+
+
+class Prox(Section):
+    """
+    The distance from what came is part of a client's loss, mu / 2 |w - w_global|^2 (FedProx, arXiv
+    1812.06127); ``training.clip`` clips both together.
+    """
+
+    kind: Literal["prox"] = "prox"
+    mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+
+
+class Scaffold(Section):
+    """
+    Gradients are corrected by control variates, which travel, too (SCAFFOLD, arXiv 1910.06378,
+    option II). Needs plain SGD; ``training.clip`` clips a gradient before it is corrected.
+    """
+
+    kind: Literal["scaffold"] = "scaffold"
+
+
+ClientStep = Annotated[Plain | Prox | Scaffold, Field(discriminator="kind")]
+
+
 class Parameters(Section):
     """
     Clients exchange tunables (steps a1 to a4).
+
+    ``server`` says what becomes of the clients' mean change, ``client`` what holds a client back
+    that has rows unlike the others'. Any two of them go together.
 
     ``mentor`` is a larger model that each client has for itself, reading the same tokens: it and
     the experiment's model teach each other, and only the latter travels (FedKD, arXiv 2108.13323).
@@ -348,6 +436,8 @@ class Parameters(Section):
     kind: Literal["parameters"] = "parameters"
     payload: Literal["value", "delta", "change"] = "value"
     aggregation: Aggregation = "mean"
+    server: ServerStep = Average()
+    client: ClientStep = Plain()
     balance: Balance | None = None
     prune: Annotated[float, Field(gt=0, lt=1)] | None = None
     prune_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
@@ -363,6 +453,12 @@ class Parameters(Section):
             raise ValueError(
                 f"balance: aggregation = {self.aggregation!r} has weights of its own; expected "
                 "'mean', 'zero-pad', 'normalized' or 'flexlora'"
+            )
+        if self.aggregation == "flexlora" and self.server.kind != "average":
+            raise ValueError(
+                "server: flexlora gives the factors another basis in every round, in which steps "
+                f"of the last one mean nothing; expected server.kind = 'average' (here "
+                f"{self.server.kind!r})"
             )
         return self
 
@@ -720,6 +816,7 @@ class Experiment(Section):
                 "set task.kind = 'generation' or leave prompt and response out"
             )
         self._chosen()
+        self._preferred()
         if self.model.quantization != "none":
             if self.tunables.kind != "lora":
                 raise ValueError(
@@ -740,7 +837,9 @@ class Experiment(Section):
         parts = (("strategy", self.strategy), ("compare.parameters", self.compare.parameters))
         for where, part in parts:
             if isinstance(part, Parameters) and part.mentor is not None:
-                self._mentored(where)
+                self._mentored(where, part)
+            if isinstance(part, Parameters) and isinstance(part.client, Scaffold):
+                self._corrected(where, part)
         self._sized()
         if not self.exchange.resident and self.strategy.kind == "activations":
             raise ValueError(
@@ -816,6 +915,30 @@ class Experiment(Section):
         if self.data.answer_by != "any":
             raise ValueError("data.answer_by: only with task.kind = 'multiple-choice'")
 
+    def _preferred(self) -> None:
+        """What preference tuning asks of the data, and what has no pairs to learn from."""
+        if self.task.kind != "preference":
+            if self.data.rejected is not None:
+                raise ValueError("data.rejected: only with task.kind = 'preference'")
+            return
+        if self.data.rejected is None or self.data.prompt is None:
+            missing = "rejected" if self.data.rejected is None else "prompt"
+            raise ValueError(
+                f"data.{missing}: preference tuning needs the columns data.prompt, data.response "
+                "(the better one) and data.rejected"
+            )
+        if not self.task.response_only:
+            raise ValueError(
+                "task.response_only = false: both responses of a pair have the same prompt, of "
+                "which nothing is learnt; leave it out"
+            )
+        if self.strategy.kind in ("logits", "activations"):
+            raise ValueError(
+                f"strategy.kind = {self.strategy.kind!r}: preferences are learnt where both "
+                "responses and the whole model are; expected 'parameters', 'standalone' or "
+                "'centralized' (for fedllm compare: compare.strategies = ['parameters'])"
+            )
+
     def _taught(self, where: str, spec: Logits) -> None:
         """What logits ask of the public set, and settings that would mean nothing."""
         by_loss = spec.knowledge in ("loss", "least-loss")
@@ -859,8 +982,47 @@ class Experiment(Section):
                 f"{where}.max_entropy: only with knowledge = 'entropy' (here {spec.knowledge!r})"
             )
 
-    def _mentored(self, where: str) -> None:
+    def _corrected(self, where: str, spec: Parameters) -> None:
+        """What SCAFFOLD's control variates cannot be learnt from."""
+        key = f"{where}.client.kind = 'scaffold'"
+        if self.training.optimizer != "sgd" or self.training.momentum:
+            used = f"momentum = {self.training.momentum:g}" if self.training.momentum else repr(
+                self.training.optimizer
+            )  # fmt: skip
+            raise ValueError(
+                f"{key}: (x - y) / (K eta) is a mean of gradients for plain SGD only (here {used});"
+                " expected training.optimizer = 'sgd' without momentum, or client.kind = 'prox'"
+            )
+        if self.exchange.minimum_replies is not None:
+            raise ValueError(
+                f"{key}: c has to hear of every change of c_k, and a reply that is lost or late "
+                "would not be made up for; leave exchange.minimum_replies out"
+            )
+        if isinstance(self.tunables, Lora) and self.tunables.changing:
+            mine = "ranks" if self.tunables.ranks else "schedule"
+            raise ValueError(
+                f"{key}: control variates are of one rank; leave tunables.{mine} out, or expected "
+                "client.kind = 'prox'"
+            )
+        if spec.prune is not None:
+            raise ValueError(
+                f"{key}: control variates are of one rank; leave {where}.prune out, or expected "
+                "client.kind = 'prox'"
+            )
+        if spec.aggregation == "flexlora":
+            raise ValueError(
+                f"{key}: flexlora gives the factors another basis in every round, in which control "
+                "variates of the last one mean nothing; expected another aggregation, or "
+                "client.kind = 'prox'"
+            )
+
+    def _mentored(self, where: str, spec: Parameters) -> None:
         """What a mentor cannot do yet."""
+        if spec.client.kind != "plain":
+            raise ValueError(
+                f"{where}.mentor: its pupil is held back by nothing else; expected "
+                f"{where}.client.kind = 'plain' (here {spec.client.kind!r})"
+            )
         if self.task.kind != "classification":
             raise ValueError(f"{where}.mentor: for task.kind = 'classification' only so far")
         if self.tunables.head == "personal":

@@ -267,7 +267,8 @@ def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Li
     setup = Setup(
         seed, experiment.rounds, experiment.training, experiment.evaluation, experiment.public,
         prepared.longest, _interpreters(experiment, model, prepared, others, listener),
-        _width(spec, model, others, list(prepared.clients)), _ranks(experiment, prepared),
+        experiment.task, _width(spec, model, others, list(prepared.clients)),
+        _ranks(experiment, prepared),
     )  # fmt: skip
     if experiment.model.cache and not experiment.training.base_dropout:
         uses = _uses(experiment, prepared, model, others)

@@ -30,6 +30,8 @@ def variant(experiment: ex.Experiment) -> str:
         said += ["pruned"] if spec.prune is not None else []
         said += ["balanced"] if spec.balance is not None else []
         said += ["with mentors"] if spec.mentor is not None else []
+        said += [one.kind for one in (spec.client, spec.server)
+                 if one.kind not in ("plain", "average")]  # fmt: skip
         return f"parameters ({', '.join(said)})" if said else "parameters"
     if isinstance(spec, ex.Logits):
         return "logits" if spec.server_model else "logits (no server model)"

@@ -19,8 +19,10 @@ from fedllm.message import Failure, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
 from fedllm.states import State, States
 from fedllm.strategies.base import Site, Strategy
+from fedllm.strategies.corrections import SLOT
+from fedllm.strategies.parameters import Parameters
 from fedllm.training.cohort import together
-from fedllm.training.evaluate import generate, rouge_l, statistics
+from fedllm.training.evaluate import generate, preferences, rouge_l, statistics
 from fedllm.training.jobs import Tasked
 
 LOG = logging.getLogger(__name__)
@@ -86,7 +88,8 @@ class Worker:
         return last[1] if last is not None and last[0] == message.id else None
 
     def _answer(self, site: Site, message: Message) -> Tasked[Message]:
-        _only_tunables(site, message)
+        controlled = isinstance(self.strategy, Parameters) and self.strategy.scaffold
+        _only_tunables(site, message, SLOT if controlled else "")
         if message.task == "evaluate":
             return (yield from self._evaluate(site, message))
         if message.task == "save":
@@ -188,7 +191,14 @@ class Worker:
         if own or not self.strategy.evaluates_clients:
             tunables = {**self.strategy.own(site), **tunables}
         settings = site.setup.evaluation
-        sums = yield from statistics(model, tunables, test, settings.batch_size, site.meter, "eval")
+        task, size = site.setup.task, settings.batch_size
+        if task.kind == "preference":
+            reference = yield from site.reference("test", test, "eval")
+            sums = yield from preferences(
+                model, tunables, test, reference, task.beta, size, site.meter, "eval"
+            )
+        else:
+            sums = yield from statistics(model, tunables, test, size, site.meter, "eval")
         if settings.rouge_examples and test.prompts:
             with site.meter.step("eval"):
                 sums |= self._rouge(settings, model, tunables, test)
@@ -231,9 +241,11 @@ class Worker:
         self._last.clear()
 
 
-def _only_tunables(site: Site, message: Message) -> None:
+def _only_tunables(site: Site, message: Message, beside: str) -> None:
     """
     Raise FedllmError for parameters that are none of this experiment's tunables.
+
+    beside: how names end of tensors that come with these tunables, one for each; empty: of none.
 
     The base is frozen, and a site allowed these tunables and no others. Tasks that take parameters
     take nothing else, whatever the sender calls it.
@@ -243,8 +255,9 @@ def _only_tunables(site: Site, message: Message) -> None:
     for name, tensor in message.tensors.items():
         if not takes and message.roles[name] is not Role.PARAMETER:
             continue
-        fits = [model for model in models if name in model.initial
-                and shape_fits(name, tensor.shape, model.initial[name].shape)]  # fmt: skip
+        plain = name.removesuffix(beside) if message.task == "train" else name
+        fits = [model for model in models if plain in model.initial
+                and shape_fits(plain, tensor.shape, model.initial[plain].shape)]  # fmt: skip
         if not fits or tensor.dtype is not torch.float32:
             raise FedllmError(
                 f"{name!r} of {tuple(tensor.shape)} is none of this experiment's tunables"

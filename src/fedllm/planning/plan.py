@@ -82,7 +82,8 @@ def even_rows(experiment: ex.Experiment, data: Sizes, estimator: Estimator) -> d
         per_row = public.size.units / max(public.size.rows, 1)
     codecs = dict(experiment.exchange.codecs)
     (taught,) = (one for one in options(experiment) if isinstance(one, ex.Logits))
-    now = costs.break_even(model, per_row, codecs, taught)  # type: ignore[arg-type]
+    (sent,) = (one for one in options(experiment) if isinstance(one, ex.Parameters))
+    now = costs.break_even(model, per_row, codecs, taught, sent)  # type: ignore[arg-type]
     key = SIZE.get(spec.kind)
     if key is None:
         return {0: now}

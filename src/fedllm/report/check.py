@@ -135,13 +135,15 @@ def _public(experiment: ex.Experiment, public: Examples | None) -> PublicSize:
     return PublicSize(rows, round(public.tokens * share), round(int(public.targets.sum()) * share))
 
 
-def _mean_payload(experiment: ex.Experiment, model: LanguageModel, names: Sequence[str]) -> float:
-    """Bytes of a client's tunables, each way: the mean of the clients and rounds."""
-    spec = experiment.tunables
-    if not isinstance(spec, ex.Lora):
-        return costs.parameters_payload(model)[0]
-    shares = spec.shares(names, experiment.rounds).values()
-    paid = (part * costs.parameters_payload(model, rank)[0]
+def _mean_payload(
+    experiment: ex.Experiment, model: LanguageModel, spec: ex.Parameters, names: Sequence[str]
+) -> float:
+    """Bytes that a client sends, and gets: the mean of the clients and rounds."""
+    tunables = experiment.tunables
+    if not isinstance(tunables, ex.Lora):
+        return costs.parameters_payload(model, spec)[0]
+    shares = tunables.shares(names, experiment.rounds).values()
+    paid = (part * costs.parameters_payload(model, spec, rank)[0]
             for ranks in shares for rank, part in ranks.items())  # fmt: skip
     return sum(paid) / len(names)
 
@@ -156,7 +158,7 @@ def _line(
     down: float
     up = down = server = 0.0
     if isinstance(spec, ex.Parameters):
-        up = down = _mean_payload(experiment, model, whom)
+        up = down = _mean_payload(experiment, model, spec, whom)
     elif isinstance(spec, ex.Logits):
         up, down = costs.logits_payload(model, public, spec)
         # distillation costs as much a token as training, a forward pass about 40 % of it

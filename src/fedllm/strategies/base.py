@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedllm import experiment as ex
@@ -18,10 +19,11 @@ from fedllm.lora import moved, rank_of
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.states import States
+from fedllm.training.evaluate import likelihoods
 from fedllm.training.jobs import Fit, Penalty, Tasked, Trained
-from fedllm.training.learner import Plan, Span
+from fedllm.training.learner import Plan, Pull, Span
 from fedllm.training.meter import Meter
-from fedllm.training.objectives import cross_entropy
+from fedllm.training.objectives import Objective, Preference, cross_entropy
 
 Group = dict[str, Tensor]
 
@@ -38,6 +40,7 @@ class Setup:
     longest: int
     # of clients with another tokenizer than the server's: to the server, and back
     interpreters: Mapping[str, tuple[Interpreter, Interpreter]] = field(default_factory=dict)
+    task: ex.Task = field(default_factory=ex.Task)
     width: int = 0  # of the clients' hidden states, where these are what they say
     ranks: Mapping[str, int] = field(default_factory=dict)  # of clients who have their own
 
@@ -115,7 +118,7 @@ class Site:
 
     def fine_tune(
         self, tunables: Group, step: str, first: int | None = None, last: int | None = None,
-        penalty: Penalty | None = None,
+        penalty: Penalty | None = None, pull: Pull | None = None,
     ) -> Tasked[Trained]:  # fmt: skip
         """This round's epochs over the private rows (a2, b1), or batches first to last - 1."""
         training = self.setup.training
@@ -123,15 +126,41 @@ class Site:
         per_round = plan.per_pass * training.epochs
         begin = per_round * (self.round - 1) if first is None else first
         keep = training.optimizer_state == "keep"
+        objective = yield from self._objective(plan.examples, step)
         result: Trained = yield Fit(
-            self.model, tunables, plan, cross_entropy, training,
+            self.model, tunables, plan, objective, training,
             begin, begin + per_round if last is None else last,
             Span(self.round - 1, self.setup.rounds), self.meter, step,
-            moved(self.group("optimizer"), rank_of(tunables)) if keep else None, penalty=penalty,
+            moved(self.group("optimizer"), rank_of(tunables)) if keep else None,
+            penalty=penalty, pull=pull,
         )  # fmt: skip
         if keep:
             self.keep("optimizer", result.optimizer)
         return result
+
+    def _objective(self, examples: Examples, step: str) -> Tasked[Objective]:
+        """What local training minimizes."""
+        task = self.setup.task
+        if task.kind != "preference":
+            return cross_entropy
+        reference = yield from self.reference("train", examples, step)
+        return Preference.of(examples, reference, task.beta, self.model.device)
+
+    def reference(self, name: str, examples: Examples, step: str) -> Tasked[Tensor]:
+        """
+        How much the tunables' first values prefer the better response of each pair: ln p - ln p'.
+
+        Float64 [pairs]. Found out when first asked for, and kept with the state under ``name``.
+        """
+        kept = self.group("reference")
+        if name not in kept:
+            size = self.setup.evaluation.batch_size
+            scores = yield from likelihoods(
+                self.model, self.model.initial, examples, size, self.meter, step
+            )
+            kept[name] = torch.from_numpy(scores[0::2] - scores[1::2])
+            self.keep("reference", kept)
+        return kept[name]
 
 
 Tasks = Mapping[str, Callable[[Site, Message], Message | Tasked[Message]]]
@@ -169,8 +198,9 @@ class Strategy(Protocol):
 
 
 def units(site: Site) -> float:
-    """What the loss averages over: a client's rows, or its predicted tokens."""
-    return float(site.train.targets.sum())
+    """What the loss averages over: a client's rows, its predicted tokens, or its pairs."""
+    train = site.train
+    return float(train.cases if len(train.option) else train.targets.sum())
 
 
 def mean_loss(replies: Mapping[str, Message]) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.exchange import Want, like
-from fedllm.lora import excess, grow, rank_of, resized, shrink
+from fedllm.lora import A, B, excess, grow, rank_of, resized, shrink
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup
@@ -74,6 +74,17 @@ class Ranks:
             client: {RANK: torch.tensor(rank_of(update))} for client, update in updates.items()
         }
         return {**state.clients, **found}
+
+
+def kept_at(optimizer: Group, before: Group, now: Group) -> Group:
+    """
+    The server's optimizer for tunables that may be of another rank than before.
+
+    Of factors that are, it begins anew: steps at one rank say nothing of those at another.
+    """
+    if rank_of(before) == rank_of(now):
+        return optimizer
+    return {name: t for name, t in optimizer.items() if A not in name and B not in name}
 
 
 def kept(rank: int, share: float) -> int:

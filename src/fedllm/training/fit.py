@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fedllm.errors import FedllmError
 from fedllm.lora import rank_of
@@ -20,6 +21,7 @@ from fedllm.training.jobs import Fit, Trained
 from fedllm.training.known import known
 from fedllm.training.learner import Learner, advance
 from fedllm.training.meter import Member, charged, held_bytes, measures_itself, passing, typical
+from fedllm.training.objectives import Preference, cross_entropy
 from fedllm.training.passes import apart, copies, drawing, given, packs, stack
 
 LOGITS = 1 << 22  # token logits that exist at once at most
@@ -31,7 +33,9 @@ class _Fitting:
     def __init__(self, job: Fit) -> None:
         self.job = job
         device = job.model.device
-        self.learner = Learner(job.tunables, job.training, job.optimizer, job.rate, device)
+        self.learner = Learner(
+            job.tunables, job.training, job.optimizer, job.rate, device, job.pull
+        )
         self.cost = job.meter.cost(job.step)
         self.core: Core
         self.batches: Iterator[Batch] | None = None
@@ -77,8 +81,8 @@ class _Fitting:
                 f"the loss became {loss} at batch {self.number + 1}: lower training.rate "
                 f"(now {self.learner.rate}) or set training.clip"
             )
-        self.summed += loss * self.batch.units
-        self.seen += self.batch.units
+        self.summed += loss * self.batch.averaged
+        self.seen += self.batch.averaged
 
     @property
     def progress(self) -> float:
@@ -101,7 +105,8 @@ class _Fitting:
         if self.error is not None:
             return self.error
         loss = self.summed / max(self.seen, 1)
-        return Trained(self.learner.values(), self.learner.state(), loss, self.number)
+        learner = self.learner
+        return Trained(learner.values(), learner.state(), loss, self.number, learner.stepped)
 
 
 def fit(jobs: list[Fit]) -> list[Any]:
@@ -177,7 +182,7 @@ def _losses(
 ) -> Tensor:  # fmt: skip
     """Each client's mean loss over its units: [clients]."""
     objective = pack[0].job.objective
-    if all(fitting.job.objective is objective for fitting in pack):
+    if len(pack) > 1 and all(fitting.job.objective is objective for fitting in pack):
         targets = torch.cat([fitting.batch.targets for fitting in pack])
         places = torch.cat([fitting.batch.places for fitting in pack])
         parts = torch.split(objective(logits, targets, places, features), units)
@@ -204,6 +209,9 @@ def _in_chunks(
     losses = []
     for fitting, part in zip(pack, torch.split(leaf, units), strict=True):
         targets, places = fitting.batch.targets, fitting.batch.places
+        if isinstance(fitting.job.objective, Preference):
+            losses.append(_of_pairs(core, fitting.job.objective, part, targets, places, size))
+            continue
         pieces = []
         for i in range(0, len(part), size):
             chunk = slice(i, i + size)
@@ -216,3 +224,21 @@ def _in_chunks(
         losses.append(torch.stack(pieces).sum())
     gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(features)
     return torch.stack(losses), (features * gradient).sum()
+
+
+def _of_pairs(
+    core: Core, objective: Preference, features: Tensor, targets: Tensor, places: Tensor, size: int
+) -> Tensor:
+    """The same for a loss that is no sum over units: logits are made anew on the way back."""
+
+    def losses(some: Tensor, goals: Tensor) -> Tensor:
+        return cross_entropy(core.scores(some), goals, goals)
+
+    parts = zip(torch.split(features, size), torch.split(targets, size), strict=True)
+    each: list[Tensor] = [
+        checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
+    ]
+    value = objective.judged(torch.cat(each), places).mean()
+    if value.requires_grad:
+        value.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    return value.detach()

@@ -13,7 +13,7 @@ from fedllm.data.examples import Examples
 from fedllm.models.core import Core
 from fedllm.models.loading import LanguageModel
 from fedllm.training.batches import Batch
-from fedllm.training.learner import Learner, Plan, Span
+from fedllm.training.learner import Learner, Plan, Pull, Span
 from fedllm.training.meter import Meter, held_bytes
 from fedllm.training.objectives import Objective
 
@@ -29,7 +29,7 @@ class Fit:
 
     step: of the paper, to be charged.  optimizer: the state to continue from; None: afresh.
     rate: other than the training's.  penalty: added to the loss of every batch, and not to the
-    loss that is reported.  The result is ``Trained``.
+    loss that is reported.  pull: what else moves the tunables.  The result is ``Trained``.
     """
 
     model: LanguageModel
@@ -45,16 +45,18 @@ class Fit:
     optimizer: dict[str, Tensor] | None = None
     rate: float | None = None
     penalty: Penalty | None = None
+    pull: Pull | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a stretch of local training gives back."""
+    """What a stretch of local training gives back.  stepped: sum of the rates of its steps."""
 
     values: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     loss: float
     steps: int
+    stepped: float = 0.0
 
 
 @dataclass(eq=False)

@@ -162,7 +162,8 @@ MEANING = {
     "logits.epochs": "passes over the round's public rows, at the server and at each client",
     "logits.batch_size": "rows in a batch of distillation; without it `training.batch_size`",
     "logits.rate": "rate of distillation; without it `training.rate`",
-    "activations.cut": "blocks at the client",
+    "activations.cut": "blocks at the client; a list: of the clients in turn; a table: by their "
+    "names, who is not in it has half",
     "activations.server": "one server half, client after client; one for each client, averaged "
                           "every round; or one step on all clients' batches together",
     "activations.turn": "`sequential` only: clients take turns after a batch, or after all "

@@ -129,8 +129,11 @@ def lead(
         order = order_of(experiment, seed, folder)
         call(name, {**order, "address": sessions.address, "token": token})
 
-    if isinstance(experiment.strategy, ex.Logits):
-        experiment.strategy.models(names)  # that there are no others in its table
+    spec = experiment.strategy  # that there are no others in its table
+    if isinstance(spec, ex.Logits):
+        spec.models(names)
+    elif isinstance(spec, ex.Activations):
+        spec.cuts(names)
     remote = Called(sessions, names, bring, seconds, lost)
     return lead_over(remote, experiment, seed, folder, resume=resume, listener=listener)
 

@@ -11,7 +11,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)  # fmt: skip
 
 from fedllm.errors import FedllmError, nearest
 
@@ -235,6 +243,21 @@ class Parameters(Section):
 
 
 TOP_K = 128
+V = TypeVar("V")
+
+
+def whose(key: str, listed: Sequence[V] | Mapping[str, V], clients: Sequence[str]) -> dict[str, V]:
+    """
+    What each client has: of a list they take one in turn; a table says it by their names.
+
+    Who has nothing is left out. Raises FedllmError for a table with others in it.
+    """
+    if isinstance(listed, Mapping):
+        for name in listed:
+            if name not in clients:
+                raise FedllmError(f"{key}.{name}: no such client; {nearest(name, clients)}")
+        return dict(listed)
+    return {name: listed[k % len(listed)] for k, name in enumerate(clients)} if listed else {}
 
 
 class Logits(Section):
@@ -279,32 +302,33 @@ class Logits(Section):
     rate: Rate | None = None
 
     def models(self, clients: Sequence[str]) -> dict[str, str]:
-        """
-        Names of the models of those of these clients who have their own.
+        """Names of the models of those of these clients who have their own (``whose``)."""
+        return whose("strategy.client_models", self.client_models, clients)
 
-        Raises FedllmError for a table with others in it.
-        """
-        named = self.client_models
-        if isinstance(named, dict):
-            for name in named:
-                if name not in clients:
-                    raise FedllmError(
-                        f"strategy.client_models.{name}: no such client; {nearest(name, clients)}"
-                    )
-            return dict(named)
-        return {name: named[k % len(named)] for k, name in enumerate(clients)} if named else {}
+
+def _cut(value: Any) -> Any:
+    """What a cut may be; the union's own errors would name its branches."""
+    table = isinstance(value, list | tuple | dict)
+    listed = list(value.values() if isinstance(value, dict) else value) if table else [value]
+    if not listed or not all(type(one) is int and one >= 0 for one in listed):
+        raise ValueError(
+            f"{json.dumps(value, default=str)}: expected a number of blocks, a list of them, or a "
+            "table from clients' names to them; 0 is half of the blocks"
+        )
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Activations(Section):
     """
     Clients run the first ``cut`` blocks, the server the rest (steps c1 to c5, cc1 to cc4).
 
-    ``cut = 0`` stands for half of the blocks. ``average_every`` batches the client halves are
-    averaged; 0 means once, at the end of the round.
+    ``cut = 0`` stands for half of the blocks. Several cuts are taken in turn by the clients, or a
+    table says whose is which, as it must across machines. ``average_every`` batches the client
+    halves are averaged; 0 means once, at the end of the round.
     """
 
     kind: Literal["activations"] = "activations"
-    cut: Count = 0
+    cut: Annotated[Count | tuple[Count, ...] | dict[str, Count], BeforeValidator(_cut)] = 0
     server: Literal["sequential", "per-client", "concatenated"] = "sequential"
     turn: Literal["batch", "epoch"] = "batch"
     labels: Literal["server", "client"] = "server"
@@ -315,6 +339,10 @@ class Activations(Section):
         if self.average_every and self.server == "sequential" and self.turn == "epoch":
             raise ValueError("average_every: needs turn = 'batch' with the sequential server")
         return self
+
+    def cuts(self, clients: Sequence[str]) -> dict[str, int]:
+        """The cuts of those of these clients who have their own (``whose``)."""
+        return {} if isinstance(self.cut, int) else whose("strategy.cut", self.cut, clients)
 
 
 class Standalone(Section):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from fedllm.transport.local import Local
 from fedllm.worker import Worker
 
 UNKNOWN_LIMIT = 0.005
+T = TypeVar("T")
 
 
 class Listener(Protocol):
@@ -267,7 +268,7 @@ def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Li
     setup = Setup(
         seed, experiment.rounds, experiment.training, experiment.evaluation, experiment.public,
         prepared.longest, _interpreters(experiment, model, prepared, others, listener),
-        _width(spec, model, others, list(prepared.clients)),
+        _width(spec, model, others, list(prepared.clients)), _cuts(spec, prepared),
     )  # fmt: skip
     if experiment.model.cache and not experiment.training.base_dropout:
         uses = _uses(experiment, prepared, model, others)
@@ -344,6 +345,24 @@ def untrained(experiment: ex.Experiment, seed: int, prepared: Prepared) -> dict[
     return dict(round.evaluate(built, ServerState())["mean"])
 
 
+def _known(
+    listed: Sequence[T] | Mapping[str, T], whose: Callable[[Sequence[str]], dict[str, T]],
+    prepared: Prepared,
+) -> dict[str, T]:  # fmt: skip
+    """What clients have of their own; across machines a site knows itself, the server all."""
+    here = list(prepared.clients)
+    if prepared.divided is not None and isinstance(listed, Mapping):
+        return {name: one for name, one in listed.items() if name in here or not here}
+    return whose(here)
+
+
+def _cuts(spec: ex.Strategy, prepared: Prepared) -> dict[str, int]:
+    """Cuts of clients where the file has several; who has none there has half of the blocks."""
+    if not isinstance(spec, ex.Activations) or isinstance(spec.cut, int):
+        return {}
+    return dict.fromkeys(prepared.clients, 0) | _known(spec.cut, spec.cuts, prepared)
+
+
 def _client_models(
     experiment: ex.Experiment,
     seed: int,
@@ -356,11 +375,7 @@ def _client_models(
     spec = experiment.strategy
     if not isinstance(spec, ex.Logits):
         return {}
-    table, here = spec.client_models, list(prepared.clients)
-    if prepared.divided is not None and isinstance(table, dict):
-        names = {k: table[k] for k in table if k in here or not here}  # its own; a server: all
-    else:
-        names = spec.models(here)
+    names = _known(spec.client_models, spec.models, prepared)
     loaded = {}
     vocabulary = prepared.tokenizer.get_vocab()
     for name in dict.fromkeys(names.values()):

@@ -22,7 +22,9 @@ def variant(experiment: ex.Experiment) -> str:
     """The strategy with what distinguishes it, e.g. ``activations (sequential, cut 2)``."""
     spec = experiment.strategy
     if isinstance(spec, ex.Activations):
-        cut = spec.cut or "half"
+        listed = [spec.cut] if isinstance(spec.cut, int) else spec.cut
+        named = listed.items() if isinstance(listed, dict) else [("", cut) for cut in listed]
+        cut = ", ".join(f"{name} {cut or 'half'}".strip() for name, cut in named)
         home = ", labels at the client" if spec.labels == "client" else ""
         return f"activations ({spec.server}, cut {cut}{home})"
     if isinstance(spec, ex.Parameters) and spec.mentor is not None:

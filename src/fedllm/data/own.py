@@ -31,13 +31,14 @@ def division(
             "compute; choose 'parameters', 'logits' or 'activations'"
         )
     spec = experiment.strategy
-    if isinstance(spec, ex.Logits) and spec.client_models and not isinstance(
-        spec.client_models, dict
-    ):  # fmt: skip
-        raise FedllmError(
-            "strategy.client_models: sites have no turn; expected a table that says which site has "
-            'which model, e.g. { bank-a = "NAME" }'
-        )
+    turns = {"client_models": getattr(spec, "client_models", ()), "cut": getattr(spec, "cut", ())}
+    for key, listed in turns.items():
+        if isinstance(listed, tuple) and listed:
+            example = '"NAME"' if key == "client_models" else "2"
+            raise FedllmError(
+                f"strategy.{key}: sites have no turn; expected a table that says which site has "
+                f"which, e.g. {{ bank-a = {example} }}"
+            )
     if experiment.evaluation.on != "test":
         raise FedllmError("evaluation.on: a site has training and test rows; choose 'test'")
     clients = {}

@@ -242,7 +242,8 @@ def _choice(estimator: Estimator, spec: ex.Strategy, rank: int, data: Sizes) -> 
     model = estimator.model
     weights, labels, cut, where = spec.kind == "parameters", False, 0, ""
     if isinstance(spec, ex.Activations):
-        cut, where, labels = spec.cut, spec.labels, spec.labels == "server"
+        where, labels = spec.labels, spec.labels == "server"
+        cut = spec.cut if isinstance(spec.cut, int) else 0
         weights = _shared(estimator, spec)
     if isinstance(spec, ex.Parameters) or where == "client":
         head = model.spec.head == "shared" and bool(set(model.initial) & model.head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -20,7 +21,7 @@ from fedllm.models.core import Part
 from fedllm.models.loading import LanguageModel
 from fedllm.planning.estimator import Estimator
 from fedllm.planning.sizes import Batches, Crowd, Rows, Sizes
-from fedllm.strategies.activations import check_cut
+from fedllm.strategies.activations import check_alike, check_cut
 from fedllm.strategies.logits import NO_PUBLIC
 from fedllm.summary import variant
 
@@ -320,40 +321,56 @@ def _shipped(experiment: ex.Experiment, spec: ex.Logits, rows: Rows) -> dict[str
 
 
 def _activations(est: Estimator, spec: ex.Activations, data: Sizes, named: str) -> Line:
-    model, experiment = est.model, est.experiment
-    cut = check_cut(spec, model)
-    home = spec.labels == "client"
-    parts: list[Part] = ["client", "tail"] if home else ["client"]
-    mine = sorted({n for part in parts for n in model.tunables_of(model.part(part, cut))})
-    mine = [n for n in mine if n in costs.travelling(model)]
-    half = costs.tunable_bytes(model, mine)
-    sent = _shapes(model, mine)
-    batch_of = {crowd: est.private(crowd, data.longest) for crowd in data.crowds}
-    most = max(len(batches) for batches in batch_of.values())
-    present = (experiment.exchange.clients_per_round or data.clients) / data.clients
-    late = (1 - present) * (1 - 1 / experiment.rounds)  # who missed a round is brought up to date
-    bills = []
+    model, own = est.model, spec.cuts(data.names)
+    chosen = [check_cut(spec, model, own.get(name, 0)) for name in data.names]
+    check_alike(spec, chosen)
+    pieces, first = [], 0
     for crowd in data.crowds:
-        private = batch_of[crowd]
-        number, every = len(private), spec.average_every
-        averages = -(-most // every) if every else 1
-        uploads = -(-number // every) if every else 1
-        up, down = costs.activations_roles(
-            model, spec, crowd.train.size, experiment.training.epochs, half, averages, uploads
-        )
-        down["parameter"] += round(late * half)
-        frames = _split_frames(est, crowd, private, home, sent, averages + late, uploads)
-        flops, memory, server = _split_client(est, crowd, data, cut, home)
-        bills.append(_Bill(crowd, up, down, frames, flops, memory, server, number))
+        counts = Counter(chosen[first : first + crowd.count])
+        first += crowd.count
+        for cut, count in sorted(counts.items()):
+            alike = len(counts) == 1
+            name = crowd.name if alike else f"{crowd.name}, cut {cut}"
+            pieces.append((crowd if alike else replace(crowd, name=name, count=count), cut))
+    bills = [_split_bill(est, spec, crowd, data, cut) for crowd, cut in pieces]
     server_flops = sum(bill.server * bill.crowd.count for bill in bills) / data.clients
-    memory = _split_server(est, spec, data, cut, home)
+    memory = _split_server(est, spec, data, [(cut, crowd.count) for crowd, cut in pieces])
     serial = spec.server == "sequential"
     return _total(est, data, bills, "activations", named, server_flops, memory, serial)
 
 
+def _split_bill(
+    est: Estimator, spec: ex.Activations, crowd: Crowd, data: Sizes, cut: int
+) -> _Bill:  # fmt: skip
+    """What one client of a crowd has to pay at this cut."""
+    model, experiment, home = est.model, est.experiment, spec.labels == "client"
+    parts: list[Part] = ["client", "tail"] if home else ["client"]
+    mine = sorted({n for part in parts for n in model.tunables_of(model.part(part, cut))})
+    mine = [n for n in mine if n in costs.travelling(model)]
+    half = costs.tunable_bytes(model, mine)
+    private = est.private(crowd, data.longest)
+    present = (experiment.exchange.clients_per_round or data.clients) / data.clients
+    late = (1 - present) * (1 - 1 / experiment.rounds)  # who missed a round is brought up to date
+    number, every = len(private), spec.average_every
+    averages = uploads = 1
+    if every:
+        most = max(len(est.private(other, data.longest)) for other in data.crowds)
+        averages, uploads = -(-most // every), -(-number // every)
+    up, down = costs.activations_roles(
+        model, spec, crowd.train.size, experiment.training.epochs, half, averages, uploads
+    )
+    down["parameter"] += round(late * half)
+    told: dict[str, Any] = {} if isinstance(spec.cut, int) else {"cut": cut}
+    frames = _split_frames(
+        est, crowd, private, home, _shapes(model, mine), averages + late, uploads, told
+    )
+    flops, memory, server = _split_client(est, crowd, data, cut, home)
+    return _Bill(crowd, up, down, frames, flops, memory, server, number)
+
+
 def _split_frames(
     est: Estimator, crowd: Crowd, private: Batches, home: bool,
-    sent: dict[str, tuple[int, ...]], averages: float, uploads: int,
+    sent: dict[str, tuple[int, ...]], averages: float, uploads: int, told: dict[str, Any],
 ) -> _Frames:  # fmt: skip
     """What crosses for the batches of a round, and for its averages."""
     frames, number = _Frames(est, "activations", crowd), len(private)
@@ -361,7 +378,7 @@ def _split_frames(
     hidden = (cells, est.model.width)
     bare = {"hidden": hidden, "lengths": (rows,)}
     facts = {"left": 10, "number": 10, "units": rows}
-    frames.add("down", "c1", "forward", times=number)
+    frames.add("down", "c1", "forward", times=number, **told)
     shapes = bare if home else {**bare, "labels": (rows,)}
     frames.add("up", "c2", "", "activation", number, shapes, **facts)
     if home:
@@ -410,16 +427,22 @@ def _waiting(est: Estimator, part: Part, batches: Batches, cut: int, begin: int 
     return found
 
 
-def _split_server(est: Estimator, spec: ex.Activations, data: Sizes, cut: int, home: bool) -> int:
-    """Peak bytes of the server's side."""
-    part: Part = "body" if home else "server"
-    core = est.model.part(part, cut)
+def _split_server(
+    est: Estimator, spec: ex.Activations, data: Sizes, cuts: Sequence[tuple[int, int]]
+) -> int:
+    """Peak bytes of the server's side; cuts: each with the number of its clients."""
+    part: Part = "body" if spec.labels == "client" else "server"
+    lowest = est.model.part(part, min(cut for cut, _ in cuts))
     present = est.experiment.exchange.clients_per_round or data.clients
-    own = est.reserved(core) * (present if spec.server == "per-client" else 1)
+    own = est.reserved(lowest)
+    if spec.server == "per-client":
+        every = sum(count * est.reserved(est.model.part(part, cut)) for cut, count in cuts)
+        own = round(every * present / data.clients)
     batches = est.heaviest(data)
     if spec.server == "concatenated":
         batches = _side_by_side(est, data, present / data.clients)
-    return est.held(core) + own + _waiting(est, part, batches, cut)
+    most = max(_waiting(est, part, batches, cut) for cut in {cut for cut, _ in cuts})
+    return est.held(lowest) + own + most
 
 
 def _side_by_side(est: Estimator, data: Sizes, share: float) -> Batches:

@@ -130,12 +130,14 @@ class Crowd:
 @dataclass(frozen=True)
 class Sizes:
     """
-    Everybody's rows, and those that are public; labels; the longest row there may be.
+    Everybody's rows, the clients' names in the order of the crowds, and the rows that are public;
+    labels; the longest row there may be.
 
     refused: why nothing can run with these.
     """
 
     crowds: tuple[Crowd, ...]
+    names: tuple[str, ...]
     public: Rows
     labels: int
     longest: int
@@ -184,7 +186,8 @@ def sizes(experiment: ex.Experiment) -> Sizes:
     )
     rows = Rows.of(prepared.clients.train).size
     public = _public(experiment, Rows.of(prepared.public), rows.tokens / rows.rows)
-    return Sizes(crowds, public, labels, prepared.longest, prepared.notes)
+    listed = tuple(prepared.clients)
+    return Sizes(crowds, listed, public, labels, prepared.longest, prepared.notes)
 
 
 def _sites(experiment: ex.Experiment) -> tuple[ex.PlanSite, ...]:
@@ -210,16 +213,16 @@ def _described(
     per_row = 1.0 if experiment.task.kind == "classification" else (
         spec.targets or (read.units / read.rows if read else max(tokens - 1, 1))
     )  # fmt: skip
-    first, rows = names(experiment.simulation.clients)[0], spec.rows or round(mean)
+    listed, rows = tuple(names(experiment.simulation.clients)), spec.rows or round(mean)
     crowds = tuple(
-        Crowd(name, first, site.count, Rows.alike(site.rows or rows, tokens, min(per_row, tokens)),
-              0, site)
+        Crowd(name, listed[0], site.count,
+              Rows.alike(site.rows or rows, tokens, min(per_row, tokens)), 0, site)
         for name, site in zip(spec.names, _sites(experiment), strict=True)
     )  # fmt: skip
     known = Rows.of(prepared.public) if prepared else Rows.alike(
         experiment.public.size, tokens, _shown(experiment, tokens)
     )  # fmt: skip
-    return Sizes(crowds, _public(experiment, known, tokens), labels, limit(experiment))
+    return Sizes(crowds, listed, _public(experiment, known, tokens), labels, limit(experiment))
 
 
 def limit(experiment: ex.Experiment) -> int:

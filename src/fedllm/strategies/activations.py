@@ -7,12 +7,15 @@ client), ``per-client`` (SplitFed V1: one each, averaged every round) or ``conca
 step on all clients' batches). With ``labels = "client"`` the head, and so the loss, is at the
 client: c3 then sends hidden states back instead of using labels.
 
+Clients may have cuts of their own, of which the server tells them with c1. A tunable that lies at
+some clients and, for others, at the server is averaged over all of them, wherever it lay.
+
 Activations travel packed: real tokens only, [tokens, width], with the lengths of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +29,7 @@ from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
 from fedllm.exchange import ANYTHING, Exchange, Want, like
 from fedllm.message import Failure, Message, Role, of_role
+from fedllm.models.core import Core
 from fedllm.models.frozen import Known
 from fedllm.models.inputs import Inputs, beside
 from fedllm.models.loading import LanguageModel
@@ -155,13 +159,9 @@ class Activations:
         self.cut = check_cut(options, model)
         self.rule = RULES["mean"]
         self.home = options.labels == "client"
+        check_alike(options, self._cuts(list(setup.cuts)).values())
         self.batches = Want(("left", "number"), ("units",), look=self._misfit)
-        self.begin = min(model.frozen.begin, self.cut)
-        self.client = model.part("client", self.cut, self.begin)
-        self.server = model.part("body" if self.home else "server", self.cut)
-        self.tail = model.part("tail", self.cut) if self.home else None
-        self.server_names = set(model.tunables_of(self.server))
-        self.client_names = set(model.initial) - self.server_names
+        self.extra = self._server(self.cut).prompt_tokens
         self.personal = model.head if model.spec.head == "personal" else frozenset[str]()
         self.tasks: Tasks = {
             "forward": self.forward, "head": self.head, "backward": self.backward,
@@ -172,21 +172,38 @@ class Activations:
         """First values of both halves."""
         return ServerState({n: t for n, t in self.model.initial.items() if n not in self.personal})
 
+    def _server(self, cut: int) -> Core:
+        """The server's part of a model cut there."""
+        return self.model.part("body" if self.home else "server", cut)
+
+    def _names(self, cut: int) -> set[str]:
+        """Tunables at a client of this cut; a personal head, which is of no average, left out."""
+        there = self.model.tunables_of(self._server(cut))
+        return set(self.model.initial) - set(there) - self.personal
+
+    def _cuts(self, clients: Sequence[str]) -> dict[str, int]:
+        """Blocks at each of these clients."""
+        own = self.setup.cuts
+        return {c: check_cut(self.options, self.model, own.get(c, 0)) for c in clients}
+
     # server -----------------------------------------------------------------------------------
 
     def serve(
         self, state: ServerState, cohort: Sequence[str], ask: Exchange, rng: np.random.Generator
     ) -> ServerState:
         """One round: the batches of the local epochs, then the average of the client halves."""
-        state = self._bring(state, [c for c in cohort if self._stale(state, c)], ask)
-        halves = self._halves(state, cohort, ask)
+        cuts = self._cuts(cohort)
+        check_alike(self.options, cuts.values())
+        state = self._bring(state, [c for c in cohort if self._stale(state, c)], cuts, ask)
+        halves = self._halves(state, cuts, ask)
         alive = Alive(cohort, ask)
         since: dict[str, float] = {}  # units seen since the last average
         whole: dict[str, float] = {}  # and in this round
         losses: list[float] = []
         sweeps = 0
         for group, sweep_ends in self._turns(alive, rng):
-            asked = dict.fromkeys(group, Message("c1", "forward"))
+            asked = {client: Message("c1", "forward", facts=self._told(cuts[client]))
+                     for client in group}  # fmt: skip
             replies = alive.gather(asked, self.batches)  # c1, c2
             if replies:
                 gradients, loss = self._step(halves, replies, alive, ask)  # c3
@@ -204,11 +221,15 @@ class Activations:
             sweeps += sweep_ends
             every = self.options.average_every
             if every and sweep_ends and sweeps % every == 0 and alive.busy():
-                state = self._average(state, alive, since, ask)
+                state = self._average(state, alive, since, cuts, halves, ask)
                 since = {}
-        state = self._average(state, alive, since, ask)
-        state = self._merge(state, halves, whole, ask)
+        state = self._average(state, alive, since, cuts, halves, ask)
+        state = self._merge(state, halves, whole, cuts, ask)
         return replace(state, facts={**state.facts, "loss": float(np.mean(losses))})
+
+    def _told(self, cut: int) -> dict[str, Any]:
+        """What c1 says of the cut: nothing where the file has one for all."""
+        return {} if isinstance(self.options.cut, int) else {"cut": cut}
 
     def _misfit(self, reply: Message) -> str:
         """Why c2 is no batch: what it says of its rows decides how much the server allocates."""
@@ -217,7 +238,7 @@ class Activations:
         names = {H, LENGTHS} if self.home else {H, LENGTHS, LABELS}
         if set(reply.tensors) != names or lengths is None or hidden is None:
             return f"sent {sorted(reply.tensors)}, not {sorted(names)}"
-        extra, width = self.server.prompt_tokens, self.model.model.config.hidden_size
+        extra, width = self.extra, self.model.model.config.hidden_size
         if lengths.ndim != 1 or lengths.dtype is not torch.int32:
             return "its lengths are none"
         most = self.setup.training.batch_size
@@ -246,20 +267,36 @@ class Activations:
             return f"its labels are not {many} numbers below {self.model.outputs}"
         return ""
 
-    def _halves(self, state: ServerState, cohort: Sequence[str], ask: Exchange) -> dict[str, Half]:
+    def _halves(
+        self, state: ServerState, cuts: Mapping[str, int], ask: Exchange
+    ) -> dict[str, Half]:  # fmt: skip
         """The server half that serves each client, with its persistent optimizer."""
+        lowest = self._server(min(cuts.values()))
 
-        def half(optimizer: Group) -> Half:
-            values = {name: state.shared[name] for name in sorted(self.server_names)}
-            learner = Learner(values, self.setup.training, optimizer, device=self.model.device)
-            return Half(self.model, self.server, learner, ask.meter)
+        def learner(core: Core, optimizer: Group) -> Learner:
+            values = {name: state.shared[name] for name in self.model.tunables_of(core)}
+            return Learner(values, self.setup.training, optimizer, device=self.model.device)
 
-        if self.options.server != "per-client":
-            return dict.fromkeys(cohort, half(state.optimizer))
-        halves = {client: half(state.clients.get(client, {})) for client in cohort}
+        def half(cut: int, learner: Learner) -> Half:
+            return Half(self.model, self._server(cut), learner, ask.meter)
+
+        if self.options.server == "per-client":
+            halves = {
+                client: half(cut, learner(self._server(cut), state.clients.get(client, {})))
+                for client, cut in cuts.items()
+            }
+            together = sum(one.learner.reserved for one in halves.values())
+        else:
+            common = learner(lowest, state.optimizer)
+            above = {
+                cut: half(cut, common.within(self.model.tunables_of(self._server(cut))))
+                for cut in sorted(set(cuts.values()))
+            }
+            halves = {client: above[cut] for client, cut in cuts.items()}
+            together = common.reserved
         for one in halves.values():  # the server holds all of them at once
-            others = (h.learner.reserved for h in halves.values() if h is not one)
-            one.beside = sum(others)
+            one.beside = held_bytes(lowest) + together - held_bytes(one.core)
+            one.beside -= one.learner.reserved
         return halves
 
     def _turns(self, alive: Alive, rng: np.random.Generator) -> Iterator[tuple[list[str], bool]]:
@@ -348,7 +385,7 @@ class Activations:
         self, replies: Mapping[str, Message]
     ) -> tuple[Batch, dict[str, Inputs]]:  # fmt: skip
         """The activations as the server half takes them, and each client's rows alone."""
-        device, extra = self.model.device, self.server.prompt_tokens
+        device, extra = self.model.device, self.extra
         parts: dict[str, Inputs] = {}
         targets, selects, offset = [], [], 0
         for client, reply in replies.items():
@@ -378,7 +415,7 @@ class Activations:
 
     def _ask_heads(self, turns: Sequence[Turn], alive: Alive) -> None:
         """Labels at home: hidden states down, the loss's gradient up."""
-        extra = self.server.prompt_tokens
+        extra = self.extra
         requests = {}
         for turn in turns:
             for client, out in zip(turn.clients, self._split(turn, turn.passed.out), strict=True):
@@ -414,7 +451,7 @@ class Activations:
 
     def _split(self, turn: Turn, cells: Tensor) -> Sequence[Tensor]:
         """Each client's cells of a turn."""
-        extra = self.server.prompt_tokens
+        extra = self.extra
         return torch.split(cells, [i.cells + extra * i.rows for i in turn.parts.values()])
 
     def _share(self, turn: Turn, found: Tensor | None) -> dict[str, Tensor]:
@@ -422,7 +459,7 @@ class Activations:
         if found is None:
             found = torch.zeros_like(turn.batch.inputs.x)
         total = sum(turn.weights.values())
-        extra = self.server.prompt_tokens
+        extra = self.extra
         parts = zip(turn.clients, self._split(turn, found), strict=True)
         return {
             client: pack_rows(part * (total / turn.weights[client]), turn.parts[client], extra)
@@ -435,49 +472,76 @@ class Activations:
         newest = int(state.facts.get("version", 0))
         return int(state.facts.get(f"version.{client}", 0)) < newest
 
-    def _bring(self, state: ServerState, clients: Sequence[str], ask: Exchange) -> ServerState:
+    def _half(self, state: ServerState, cut: int) -> Group:
+        """The common values of a client half."""
+        names = self._names(cut)
+        return {n: t for n, t in state.shared.items() if n in names}
+
+    def _bring(
+        self, state: ServerState, clients: Sequence[str], cuts: Mapping[str, int], ask: Exchange
+    ) -> ServerState:  # fmt: skip
         """cc3: send the averaged client half; cc4: they replace theirs."""
         if not clients:
             return state
-        half = {n: t for n, t in state.shared.items() if n in self.client_names}
-        message = Message("cc3", "replace", half, of_role(Role.PARAMETER, half))
-        took = ask.gather(dict.fromkeys(clients, message))  # others are asked again next time
+        halves = {cut: self._half(state, cut) for cut in {cuts[client] for client in clients}}
+        messages = {
+            cut: Message("cc3", "replace", half, of_role(Role.PARAMETER, half))
+            for cut, half in halves.items()
+        }
+        # others are asked again next time
+        took = ask.gather({client: messages[cuts[client]] for client in clients})
         newest = state.facts.get("version", 0)
         facts = {**state.facts, **{f"version.{client}": newest for client in took}}
         return replace(state, facts=facts)
 
     def _average(
-        self, state: ServerState, alive: Alive, seen: Mapping[str, float], ask: Exchange
-    ) -> ServerState:
-        """cc1 to cc4, weighted by the units seen since the last average."""
+        self, state: ServerState, alive: Alive, seen: Mapping[str, float],
+        cuts: Mapping[str, int], halves: Mapping[str, Half], ask: Exchange,
+    ) -> ServerState:  # fmt: skip
+        """
+        cc1 to cc4, weighted by the units seen since the last average.
+
+        What lies at some clients and at the server for others counts wherever it lay.
+        """
         asked = [client for client in alive.cohort if client in seen and client in alive]
-        half = {n: t for n, t in state.shared.items() if n in self.client_names}
-        want = Want(shapes=like(half))
-        replies = alive.gather(dict.fromkeys(asked, Message("cc1", "collect")), want)
+        names = {cut: self._names(cut) for cut in set(cuts.values())}
+        wants = {cut: Want(shapes=like(self._half(state, cut))) for cut in names}
+        replies = alive.gather(
+            dict.fromkeys(asked, Message("cc1", "collect")),
+            Want(look=lambda reply: wants[cuts[reply.client]].misfit(reply)),
+        )
+        somewhere = set().union(*names.values())
         with ask.meter.step("cc2"):
-            updates = {client: reply.tensors for client, reply in replies.items()}
+            updates = {}
+            for client, reply in replies.items():
+                here = halves[client].learner.within(sorted(somewhere - names[cuts[client]]))
+                updates[client] = {**reply.tensors, **here.values()}
             half = self.rule(updates, seen)
         version = int(state.facts.get("version", 0)) + 1
         state = replace(
             state, shared={**state.shared, **half}, facts={**state.facts, "version": version}
         )
-        return self._bring(state, [c for c in alive.cohort if c in alive], ask)
+        return self._bring(state, [c for c in alive.cohort if c in alive], cuts, ask)
 
     def _merge(
         self, state: ServerState, halves: Mapping[str, Half], seen: Mapping[str, float],
-        ask: Exchange,
+        cuts: Mapping[str, int], ask: Exchange,
     ) -> ServerState:  # fmt: skip
-        """The server half after the round: itself, or the mean of the clients' (V1)."""
+        """What lies at the server for everybody: as it is, or the mean of the clients' (V1)."""
+        always = self.model.tunables_of(self._server(max(cuts.values())))
         if self.options.server != "per-client":
-            half = next(iter(halves.values()))
+            learner = next(iter(halves.values())).learner
             return replace(
-                state, shared={**state.shared, **half.learner.values()},
-                optimizer=half.learner.state(),
+                state, shared={**state.shared, **learner.within(always).values()},
+                optimizer={**state.optimizer, **learner.state()},
             )  # fmt: skip
         with ask.meter.step("cc2"):
-            values = {client: halves[client].learner.values() for client in seen}
+            values = {client: halves[client].learner.within(always).values() for client in seen}
             merged = self.rule(values, seen)
-        optimizers = {client: half.learner.state() for client, half in halves.items()}
+        optimizers = {
+            client: {**state.clients.get(client, {}), **half.learner.state()}
+            for client, half in halves.items()
+        }
         return replace(
             state, shared={**state.shared, **merged}, clients={**state.clients, **optimizers}
         )
@@ -495,27 +559,33 @@ class Activations:
     def _half_of(self, site: Site) -> dict[str, Half]:
         """The client's parts in training (the tail only with labels at home)."""
         if "halves" not in site.live:
-            values = {n: t for n, t in self.model.initial.items() if n in self.client_names}
-            values |= site.group("tunables") | self.own(site)
+            cut = self._cut(site)
+            begin = min(self.model.frozen.begin, cut)
+            parts = {"client": self.model.part("client", cut, begin)}
+            if self.home:
+                parts["tail"] = self.model.part("tail", cut)
+            values = self.model.initial | site.group("tunables") | self.own(site)
             keep = self.setup.training.optimizer_state == "keep"
             optimizer = site.group("optimizer") if keep else {}
             halves = {}
-            for name, core in (("client", self.client), ("tail", self.tail)):
-                if core is not None:
-                    mine = {n: values[n] for n in self.model.tunables_of(core)}
-                    learner = Learner(
-                        mine, self.setup.training, optimizer, device=self.model.device
-                    )
-                    halves[name] = Half(self.model, core, learner, site.meter)
+            for name, core in parts.items():
+                mine = {n: values[n] for n in self.model.tunables_of(core)}
+                learner = Learner(mine, self.setup.training, optimizer, device=self.model.device)
+                halves[name] = Half(self.model, core, learner, site.meter)
             if self._below(site) is not None:  # the blocks that ran once are still there
-                apart = self.model.part("client", self.begin)
+                apart = self.model.part("client", begin)
                 halves["client"].beside = held_bytes(apart) + sum(site.meter.held.values())
             site.live["halves"] = halves
         return dict(site.live["halves"])
 
     def _below(self, site: Site) -> Known | None:
         """The private rows' hidden states, as far as nothing before them is trained."""
-        return known(self.model, self.begin, site.train, site.meter, "c1")
+        begin = min(self.model.frozen.begin, self._cut(site))
+        return known(self.model, begin, site.train, site.meter, "c1")
+
+    def _cut(self, site: Site) -> int:
+        """Blocks at this client, as the server says."""
+        return int(site.live.get("cut", self.cut))
 
     def _next(self, site: Site) -> tuple[Batch, int, int]:
         """The client's next batch of this round, its number, and how many are left after it."""
@@ -531,6 +601,8 @@ class Activations:
 
     def forward(self, site: Site, message: Message) -> Tasked[Message]:
         """c1 run the first layers on a private batch, c2 send activations (and labels)."""
+        if "cut" in message.facts:
+            site.live["cut"] = check_cut(self.options, self.model, int(message.facts["cut"]))
         half = self._half_of(site)["client"]
         batch, number, left = self._next(site)
         purpose = (self.setup.seed, site.name, "private", "dropout", site.round, number)
@@ -538,7 +610,7 @@ class Activations:
         passed: Passed = yield Forward(half, bare, purpose, "c1")
         site.live.update(batch=batch, passed=passed)
         with site.meter.step("c1"):
-            extra = self.client.prompt_tokens
+            extra = self.extra
             real = batch.inputs.full_lengths() + extra
             tensors = {H: pack_rows(passed.out.detach(), batch.inputs, extra), LENGTHS: real.int()}
             roles = {H: Role.ACTIVATION, LENGTHS: Role.MASK}
@@ -552,7 +624,7 @@ class Activations:
         """Labels at home: the loss from the server's hidden states, its gradient back."""
         half = self._half_of(site)["tail"]
         batch: Batch = site.live["batch"]
-        extra = self.client.prompt_tokens
+        extra = self.extra
         with site.meter.step("c3"):
             hidden = unpack_rows(message.tensors[H].to(batch.targets.device), batch.inputs, extra)
             hidden = hidden.clone().requires_grad_(True)
@@ -573,7 +645,7 @@ class Activations:
         passed: Passed = site.live.pop("passed")
         batch: Batch = site.live["batch"]
         sent = message.tensors[GRAD].to(passed.out.device)
-        gradient = unpack_rows(sent, batch.inputs, self.client.prompt_tokens)
+        gradient = unpack_rows(sent, batch.inputs, self.extra)
         fraction = (site.live["number"] - 1) / site.live["per_round"]
         yield Backward(
             passed, "c5", gradient, None,
@@ -621,17 +693,40 @@ def _labels(batch: Batch, classification: bool) -> Tensor:
     return pack_rows(places, inputs, 0)
 
 
-def check_cut(options: ex.Activations, model: LanguageModel) -> int:
-    """The number of blocks at the client. Raises FedllmError where the model cannot be cut so."""
+def check_alike(options: ex.Activations, cuts: Iterable[int]) -> None:
+    """Raises FedllmError for what needs one cut for all clients, where there are several."""
+    several = sorted(set(cuts))
+    if len(several) < 2:
+        return
+    if options.server == "concatenated":
+        raise FedllmError(
+            f"strategy.server = 'concatenated': one step takes all clients' batches from one block "
+            f"on, here from blocks {several}; expected one strategy.cut, or server = 'sequential' "
+            "or 'per-client'"
+        )
+    if options.average_every:
+        raise FedllmError(
+            f"strategy.average_every = {options.average_every}: halves of several cuts ({several}) "
+            "are averaged at the end of the round; expected 0, or one strategy.cut"
+        )
+
+
+def check_cut(options: ex.Activations, model: LanguageModel, own: int = 0) -> int:
+    """
+    The number of blocks at a client: its own, else the file's, else half of all.
+
+    Raises FedllmError where the model cannot be cut so.
+    """
     if model.family is None:
         raise FedllmError(
             f"strategy.kind = 'activations': models of type {model.model.config.model_type!r} "
             "cannot be cut yet; 'parameters' and 'logits' work with them"
         )
-    cut = options.cut or max(model.blocks // 2, 1)
+    asked = own or (options.cut if isinstance(options.cut, int) else 0)
+    cut = asked or max(model.blocks // 2, 1)
     if not 1 <= cut < model.blocks:
         raise FedllmError(
-            f"strategy.cut = {options.cut}: the model has {model.blocks} blocks; "
+            f"strategy.cut = {asked}: the model has {model.blocks} blocks; "
             f"expected 1 to {model.blocks - 1}"
         )
     if model.spec.kind == "prefix":

@@ -38,6 +38,7 @@ class Setup:
     # of clients with another tokenizer than the server's: to the server, and back
     interpreters: Mapping[str, tuple[Interpreter, Interpreter]] = field(default_factory=dict)
     width: int = 0  # of the clients' hidden states, where these are what they say
+    cuts: Mapping[str, int] = field(default_factory=dict)  # of clients who have their own
 
 
 @dataclass(frozen=True)

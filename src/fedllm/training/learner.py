@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,12 @@ class Learner:
     def values(self) -> dict[str, Tensor]:
         """The tunables as they are now, detached."""
         return {name: t.detach().to("cpu", copy=True) for name, t in self.params.items()}
+
+    def within(self, names: Iterable[str]) -> Learner:
+        """The same learner as far as these tunables go: values and optimizer are shared."""
+        found = copy.copy(self)
+        found.params = {name: self.params[name] for name in names}
+        return found
 
     def forget(self) -> None:
         """Drop gradients that came."""

@@ -22,6 +22,8 @@ from fedllm.data.clients import ClientData, Clients
 from fedllm.data.examples import Encoder, Examples
 from fedllm.data.simulation import Division, divide
 from fedllm.errors import FedllmError
+from fedllm.estimates.cuts import Cutter
+from fedllm.estimates.sizes import Rows, Sizes, crowds
 from fedllm.exchange import Endpoint, Exchange
 from fedllm.knowledge.interpreter import Interpreter, cache, interpreter
 from fedllm.ledger import Ledger
@@ -269,6 +271,7 @@ def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Li
         seed, experiment.rounds, experiment.training, experiment.evaluation, experiment.public,
         prepared.longest, _interpreters(experiment, model, prepared, others, listener),
         _width(spec, model, others, list(prepared.clients)), _cuts(spec, prepared),
+        _cutter(experiment, prepared),
     )  # fmt: skip
     if experiment.model.cache and not experiment.training.base_dropout:
         uses = _uses(experiment, prepared, model, others)
@@ -360,7 +363,20 @@ def _cuts(spec: ex.Strategy, prepared: Prepared) -> dict[str, int]:
     """Cuts of clients where the file has several; who has none there has half of the blocks."""
     if not isinstance(spec, ex.Activations) or isinstance(spec.cut, int):
         return {}
+    if isinstance(spec.cut, str):
+        return dict.fromkeys(prepared.clients, 0)
     return dict.fromkeys(prepared.clients, 0) | _known(spec.cut, spec.cuts, prepared)
+
+
+def _cutter(experiment: ex.Experiment, prepared: Prepared) -> Cutter | None:
+    """Who chooses the cuts of a simulation, where the file leaves them open."""
+    spec = experiment.strategy
+    if not isinstance(spec, ex.Activations) or spec.cut != "auto":
+        return None
+    there = crowds(experiment, prepared.clients)
+    rows = Rows.of(prepared.public)
+    labels, listed = len(prepared.labels), tuple(prepared.clients)
+    return Cutter(experiment, Sizes(there, listed, rows, labels, prepared.longest))
 
 
 def _client_models(

@@ -219,15 +219,18 @@ def _only_tunables(site: Site, message: Message) -> None:
     Raise FedllmError for parameters that are none of this experiment's tunables.
 
     The base is frozen, and a site allowed these tunables and no others. Tasks that take parameters
-    take nothing else, whatever the sender calls it.
+    take nothing else, whatever the sender calls it, but what an optimizer remembers of tunables.
     """
     models = [model for model in (site.model, site.server_model) if model is not None]
     takes = message.task in TAKES
     for name, tensor in message.tensors.items():
         if not takes and message.roles[name] is not Role.PARAMETER:
             continue
-        fits = [model for model in models if name in model.initial
-                and model.initial[name].shape == tensor.shape]  # fmt: skip
+        of, remembered, slot = name.partition("|")
+        shapes = [model.initial[of].shape for model in models if of in model.initial]
+        if remembered and message.task == "replace" and slot == "step":
+            shapes = [torch.Size() for _ in shapes]
+        fits = tensor.shape in shapes and (not remembered or message.task == "replace")
         if not fits or tensor.dtype is not torch.float32:
             raise FedllmError(
                 f"{name!r} of {tuple(tensor.shape)} is none of this experiment's tunables"

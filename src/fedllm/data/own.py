@@ -31,6 +31,11 @@ def division(
             "compute; choose 'parameters', 'logits' or 'activations'"
         )
     spec = experiment.strategy
+    if getattr(spec, "cut", None) == "auto":
+        raise FedllmError(
+            "strategy.cut = 'auto': goes by the machines of [plan], which only a simulation has; "
+            "expected a number, or a table from sites' names to numbers"
+        )
     turns = {"client_models": getattr(spec, "client_models", ()), "cut": getattr(spec, "cut", ())}
     for key, listed in turns.items():
         if isinstance(listed, tuple) and listed:

@@ -10,10 +10,11 @@ from typing import Any
 from fedllm import experiment as ex
 from fedllm.costs import Blueprint
 from fedllm.errors import FedllmError, nearest
-from fedllm.planning.estimator import Estimator
-from fedllm.planning.lines import Line, line
+from fedllm.estimates.estimator import Estimator
+from fedllm.estimates.lines import Line, line
+from fedllm.estimates.sizes import Sizes
 from fedllm.planning.plan import RANKS, SIZE, options
-from fedllm.planning.sizes import Sizes, anew, sizes
+from fedllm.planning.sizes import anew, sizes
 from fedllm.report.tables import amount, size
 from fedllm.strategies.activations import check_cut
 

@@ -148,7 +148,7 @@ def _line(
         from fedllm.strategies.activations import check_cut
 
         listed = list(spec.cut.values() if isinstance(spec.cut, dict) else spec.cut) \
-            if not isinstance(spec.cut, int) else [0]  # fmt: skip
+            if not isinstance(spec.cut, int | str) else [0]  # fmt: skip
         each = [check_cut(spec, model, own) for own in listed]
         cut = round(sum(each) / len(each))
         names = set(model.tunables_of(model.part("client", cut)))

@@ -8,7 +8,9 @@ step on all clients' batches). With ``labels = "client"`` the head, and so the l
 client: c3 then sends hidden states back instead of using labels.
 
 Clients may have cuts of their own, of which the server tells them with c1. A tunable that lies at
-some clients and, for others, at the server is averaged over all of them, wherever it lay.
+some clients and, for others, at the server is averaged over all of them, wherever it lay. Where
+cuts are chosen as it goes, cc1 says how the next round cuts: blocks change sides with cc3, and what
+their optimizers remember goes along.
 
 Activations travel packed: real tokens only, [tokens, width], with the lengths of the rows.
 """
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.aggregation import RULES
+from fedllm.costs import kept
 from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
 from fedllm.exchange import ANYTHING, Exchange, Want, like
@@ -34,6 +37,7 @@ from fedllm.models.frozen import Known
 from fedllm.models.inputs import Inputs, beside
 from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks
+from fedllm.streams import stream
 from fedllm.training.batches import Batch
 from fedllm.training.cohort import work
 from fedllm.training.jobs import Backward, Forward, Half, Passed, Tasked
@@ -41,23 +45,34 @@ from fedllm.training.known import known
 from fedllm.training.learner import Learner, Span
 from fedllm.training.meter import held_bytes
 from fedllm.training.objectives import cross_entropy
+from fedllm.training.sampling import of_rows
 
 H, LENGTHS, LABELS, GRAD = "hidden", "lengths", "labels", "gradient"
+PLACES = "places"  # of the tokens that cross in their rows, where not all do
+WEIGHTS, LOSSES = "weights", "losses"  # of units, where rows are drawn by their losses
+CUT, CHOSEN = "cut", "cuts.round"  # facts: of a client; the round whose measures chose them
+ROLES = {GRAD: Role.GRADIENT, WEIGHTS: Role.STATISTIC, LOSSES: Role.STATISTIC}
 IGNORED = -1
 
 
-def unpack_rows(packed: Tensor, inputs: Inputs, extra: int) -> Tensor:
-    """Real cells [tokens, features] -> all cells [cells, features], the padding zero."""
-    if inputs.packed:
+def unpack_rows(packed: Tensor, inputs: Inputs, extra: int, kept: Tensor | None = None) -> Tensor:
+    """
+    Real cells [tokens, features] -> all cells [cells, features], the others zero.
+
+    kept: the cells that these are, where not all real ones.
+    """
+    if inputs.packed and kept is None:
         return packed
     cells = inputs.cells + extra * inputs.rows
-    rows = torch.zeros((cells, packed.shape[-1]), dtype=packed.dtype, device=packed.device)
-    rows[inputs.real(extra)] = packed
+    rows = torch.zeros((cells, *packed.shape[1:]), dtype=packed.dtype, device=packed.device)
+    rows[inputs.real(extra) if kept is None else kept] = packed
     return rows
 
 
-def pack_rows(cells: Tensor, inputs: Inputs, extra: int) -> Tensor:
-    """The inverse: real tokens (and virtual ones) only."""
+def pack_rows(cells: Tensor, inputs: Inputs, extra: int, kept: Tensor | None = None) -> Tensor:
+    """The inverse: real tokens (and virtual ones), or of them those ``kept``."""
+    if kept is not None:
+        return cells[kept]
     return cells if inputs.packed else cells[inputs.real(extra)]
 
 
@@ -130,7 +145,7 @@ class Turn:
     One server half's step on the way: of one client, or of all that are concatenated.
 
     parts: each client's rows.  weights: units of those who have a say.  goal, gradient: the loss
-    at the server, or the gradient that the clients' heads sent.
+    at the server, or the gradient that the clients' heads sent.  each: the loss of each unit.
     """
 
     half: Half
@@ -143,6 +158,7 @@ class Turn:
     goal: Tensor | None = None
     gradient: Tensor | None = None
     loss: float = 0.0
+    each: Tensor | None = None
 
 
 class Activations:
@@ -160,6 +176,8 @@ class Activations:
         self.rule = RULES["mean"]
         self.home = options.labels == "client"
         check_alike(options, self._cuts(list(setup.cuts)).values())
+        self.share = options.keep_tokens
+        self.weighs = setup.training.sampling == "loss" and not self.home
         self.batches = Want(("left", "number"), ("units",), look=self._misfit)
         self.extra = self._server(self.cut).prompt_tokens
         self.personal = model.head if model.spec.head == "personal" else frozenset[str]()
@@ -181,10 +199,23 @@ class Activations:
         there = self.model.tunables_of(self._server(cut))
         return set(self.model.initial) - set(there) - self.personal
 
-    def _cuts(self, clients: Sequence[str]) -> dict[str, int]:
+    def _cuts(self, clients: Sequence[str], state: ServerState | None = None) -> dict[str, int]:
         """Blocks at each of these clients."""
-        own = self.setup.cuts
-        return {c: check_cut(self.options, self.model, own.get(c, 0)) for c in clients}
+        facts = {} if state is None else state.facts
+        own = {c: int(facts.get(f"{CUT}.{c}", self.setup.cuts.get(c, 0))) for c in clients}
+        return {c: check_cut(self.options, self.model, cut) for c, cut in own.items()}
+
+    def _chosen(self, state: ServerState, round: int) -> ServerState:
+        """
+        The state with everybody's cut, chosen by what this round measured (0: beforehand).
+
+        They stay as they are while nothing measured is far from what it was.
+        """
+        cutter = self.setup.cutter
+        if cutter is None or (round and not cutter.changed(int(state.facts[CHOSEN]), round)):
+            return state
+        facts = {f"{CUT}.{client}": cut for client, cut in cutter.at(round).items()}
+        return replace(state, facts={**state.facts, **facts, CHOSEN: round})
 
     # server -----------------------------------------------------------------------------------
 
@@ -192,7 +223,9 @@ class Activations:
         self, state: ServerState, cohort: Sequence[str], ask: Exchange, rng: np.random.Generator
     ) -> ServerState:
         """One round: the batches of the local epochs, then the average of the client halves."""
-        cuts = self._cuts(cohort)
+        if CHOSEN not in state.facts:
+            state = self._chosen(state, 0)
+        cuts = self._cuts(cohort, state)
         check_alike(self.options, cuts.values())
         state = self._bring(state, [c for c in cohort if self._stale(state, c)], cuts, ask)
         halves = self._halves(state, cuts, ask)
@@ -214,28 +247,36 @@ class Activations:
                     whole[client] = whole.get(client, 0.0) + seen
                 alive.gather(
                     {
-                        client: Message("c4", "backward", {GRAD: g}, {GRAD: Role.GRADIENT})
-                        for client, g in gradients.items()
+                        client: Message("c4", "backward", sent, {n: ROLES[n] for n in sent})
+                        for client, sent in gradients.items()
                     }
                 )  # c4, c5
             sweeps += sweep_ends
             every = self.options.average_every
             if every and sweep_ends and sweeps % every == 0 and alive.busy():
-                state = self._average(state, alive, since, cuts, halves, ask)
+                state, _ = self._average(state, alive, since, cuts, halves, ask)
                 since = {}
-        state = self._average(state, alive, since, cuts, halves, ask)
+        if self.setup.cutter is not None:
+            everybody = self._cuts(list(self.setup.cuts), state)
+            clock = {"clock": self.setup.cutter.seconds(ask.round, everybody)}
+            state = replace(state, facts={**state.facts, **clock})
+        state = self._chosen(state, ask.round)
+        state, moments = self._average(state, alive, since, cuts, halves, ask)
         state = self._merge(state, halves, whole, cuts, ask)
+        state = self._moved(state, moments, cuts)
         return replace(state, facts={**state.facts, "loss": float(np.mean(losses))})
 
     def _told(self, cut: int) -> dict[str, Any]:
-        """What c1 says of the cut: nothing where the file has one for all."""
-        return {} if isinstance(self.options.cut, int) else {"cut": cut}
+        """What c1 and cc1 say of the cut: nothing where the file has one for all."""
+        return {} if isinstance(self.options.cut, int) else {CUT: cut}
 
     def _misfit(self, reply: Message) -> str:
         """Why c2 is no batch: what it says of its rows decides how much the server allocates."""
         lengths, labels = reply.tensors.get(LENGTHS), reply.tensors.get(LABELS)
         hidden = reply.tensors.get(H)
         names = {H, LENGTHS} if self.home else {H, LENGTHS, LABELS}
+        names |= {WEIGHTS} if self.weighs else set()
+        names |= {PLACES} if self.share < 1 else set()
         if set(reply.tensors) != names or lengths is None or hidden is None:
             return f"sent {sorted(reply.tensors)}, not {sorted(names)}"
         extra, width = self.extra, self.model.model.config.hidden_size
@@ -253,9 +294,11 @@ class Activations:
             return f"sent activations as {hidden.dtype}"
         if int(lengths.min()) <= extra or int(lengths.max()) > self.setup.longest + extra:
             return f"a row is longer than {self.setup.longest} tokens, or empty"
-        cells = int(lengths.long().sum())
+        cells = int(self._crossing(lengths).sum())
         if tuple(hidden.shape) != (cells, width):
             return f"sent activations of {tuple(hidden.shape)}, not {(cells, width)}"
+        if self.share < 1 and (wrong := self._misplaced(reply.tensors[PLACES], lengths)):
+            return wrong
         if labels is None:
             return ""
         many = len(lengths) if self.model.classification else cells - extra * len(lengths)
@@ -265,6 +308,28 @@ class Activations:
             or int(labels.min()) < lowest or int(labels.max()) >= self.model.outputs
         ):  # fmt: skip
             return f"its labels are not {many} numbers below {self.model.outputs}"
+        if self.weighs:
+            weights, units = reply.tensors[WEIGHTS], int((labels != IGNORED).sum())
+            if tuple(weights.shape) != (units,) or weights.dtype is not torch.float32 \
+                    or not bool((weights > 0).all()):  # fmt: skip
+                return f"its weights are not {units} numbers above 0"
+        return ""
+
+    def _crossing(self, lengths: Tensor) -> Tensor:
+        """How many tokens of rows of these lengths cross: [rows]."""
+        if self.share == 1:
+            return lengths.long()
+        return torch.from_numpy(kept(lengths.long().cpu().numpy(), self.share)).to(lengths.device)
+
+    def _misplaced(self, places: Tensor, lengths: Tensor) -> str:
+        """Why these are not the places of so many tokens, row after row, in order."""
+        counts = self._crossing(lengths)
+        if places.dtype is not torch.int32 or tuple(places.shape) != (int(counts.sum()),):
+            return f"the places of its tokens are not {int(counts.sum())} numbers"
+        row = torch.arange(len(counts)).repeat_interleave(counts)
+        rises = (places.diff() > 0) | (row.diff() > 0)
+        if int(places.min()) < 0 or bool((places >= lengths[row]).any()) or not bool(rises.all()):
+            return "the places of its tokens are not in order, or beyond their rows"
         return ""
 
     def _halves(
@@ -322,9 +387,9 @@ class Activations:
     def _step(
         self, halves: Mapping[str, Half], replies: Mapping[str, Message], alive: Alive,
         ask: Exchange,
-    ) -> tuple[dict[str, Tensor], float]:  # fmt: skip
+    ) -> tuple[dict[str, Group], float]:  # fmt: skip
         """
-        c3: forward, loss, backward and step; returns each client's gradient (c4).
+        c3: forward, loss, backward and step; returns what each client gets (c4), its gradient.
 
         A client gets the gradient of its own mean loss, however many rows others brought.
         """
@@ -339,8 +404,9 @@ class Activations:
             for turn in turns:
                 with ask.meter.step("c3"):
                     goal = turn.passed.out
-                    loss = cross_entropy(goal, turn.batch.targets, turn.batch.places).mean()
-                turn.goal, turn.loss = loss, float(loss.detach())
+                    each = cross_entropy(goal, turn.batch.targets, turn.batch.places)
+                    loss = _mean(each, turn.batch)
+                turn.goal, turn.loss, turn.each = loss, float(loss.detach()), each.detach()
         turns = [turn for turn in turns if turn.weights]
         for turn in turns:
             if not np.isfinite(turn.loss):
@@ -355,10 +421,16 @@ class Activations:
             )
             for turn in turns
         ]  # fmt: skip
-        gradients: dict[str, Tensor] = {}
+        gradients: dict[str, Group] = {}
         for turn, found in zip(turns, _all(work(jobs)), strict=True):
             with ask.meter.step("c3"):
-                gradients |= self._share(turn, found)
+                gradients |= {client: {GRAD: g} for client, g in self._share(turn, found).items()}
+                if self.weighs and turn.each is not None:
+                    counts = [len(replies[client].tensors[WEIGHTS]) for client in turn.clients]
+                    for client, part in zip(
+                        turn.clients, torch.split(turn.each, counts), strict=True
+                    ):
+                        gradients[client][LOSSES] = part
         return gradients, float(np.mean([turn.loss for turn in turns]))
 
     def _done(self, turn: Turn, alive: Alive) -> float:
@@ -389,29 +461,36 @@ class Activations:
         parts: dict[str, Inputs] = {}
         targets, selects, offset = [], [], 0
         for client, reply in replies.items():
-            lengths = reply.tensors[LENGTHS].long().to(device) - extra  # they count the prompt
+            lengths = self._crossing(reply.tensors[LENGTHS].to(device)) - extra  # with the prompt
             longest = int(lengths.max())
             full = bool((lengths == longest).all())
             nothing = torch.empty(0, device=device)
             rows = Inputs(nothing, ((len(lengths), longest),), None if full else lengths)
+            if self.share < 1:
+                places = reply.tensors[PLACES].long().to(device)
+                rows = replace(rows, at=unpack_rows(places, rows, extra))
             parts[client] = rows.after(unpack_rows(reply.tensors[H].to(device), rows, extra))
             if not self.home:
                 labels = reply.tensors[LABELS].long().to(device)
                 if self.model.classification:
                     targets.append(labels)
                 else:
-                    places = torch.full((rows.cells,), IGNORED, device=device)
-                    places[rows.after(labels).real()] = labels
-                    chosen = (places != IGNORED).nonzero().flatten()
+                    goals = torch.full((rows.cells,), IGNORED, device=device)
+                    goals[rows.after(labels).real()] = labels
+                    chosen = (goals != IGNORED).nonzero().flatten()
                     selects.append(chosen + offset)
-                    targets.append(places[chosen])
+                    targets.append(goals[chosen])
             offset += rows.cells
         inputs = replace(beside(list(parts.values())), slots=())
         inputs.x.requires_grad_(True)
         if selects:
             inputs = replace(inputs, select=torch.cat(selects))
         goal = torch.cat(targets) if targets else torch.zeros(0, dtype=torch.long, device=device)
-        return Batch(inputs, goal, goal, int(inputs.full_lengths().sum())), parts
+        weights = None
+        if self.weighs:
+            weights = torch.cat([reply.tensors[WEIGHTS].to(device) for reply in replies.values()])
+        tokens = int(inputs.full_lengths().sum())
+        return Batch(inputs, goal, goal, tokens, weights=weights), parts
 
     def _ask_heads(self, turns: Sequence[Turn], alive: Alive) -> None:
         """Labels at home: hidden states down, the loss's gradient up."""
@@ -478,18 +557,19 @@ class Activations:
         return {n: t for n, t in state.shared.items() if n in names}
 
     def _bring(
-        self, state: ServerState, clients: Sequence[str], cuts: Mapping[str, int], ask: Exchange
+        self, state: ServerState, clients: Sequence[str], cuts: Mapping[str, int], ask: Exchange,
+        moments: Mapping[str, Group] | None = None,
     ) -> ServerState:  # fmt: skip
-        """cc3: send the averaged client half; cc4: they replace theirs."""
+        """cc3: send the averaged client half (and what came to it); cc4: they replace theirs."""
         if not clients:
             return state
         halves = {cut: self._half(state, cut) for cut in {cuts[client] for client in clients}}
-        messages = {
-            cut: Message("cc3", "replace", half, of_role(Role.PARAMETER, half))
-            for cut, half in halves.items()
-        }
+        sent = {c: {**halves[cuts[c]], **(moments or {}).get(c, {})} for c in clients}
+        took = ask.gather({
+            client: Message("cc3", "replace", half, of_role(Role.PARAMETER, half))
+            for client, half in sent.items()
+        })  # fmt: skip
         # others are asked again next time
-        took = ask.gather({client: messages[cuts[client]] for client in clients})
         newest = state.facts.get("version", 0)
         facts = {**state.facts, **{f"version.{client}": newest for client in took}}
         return replace(state, facts=facts)
@@ -497,31 +577,73 @@ class Activations:
     def _average(
         self, state: ServerState, alive: Alive, seen: Mapping[str, float],
         cuts: Mapping[str, int], halves: Mapping[str, Half], ask: Exchange,
-    ) -> ServerState:  # fmt: skip
+    ) -> tuple[ServerState, dict[str, Group]]:  # fmt: skip
         """
         cc1 to cc4, weighted by the units seen since the last average.
 
-        What lies at some clients and at the server for others counts wherever it lay.
+        What lies at some clients and at the server for others counts wherever it lay. Also returns
+        what optimizers of clients remember of blocks that go to the server.
         """
         asked = [client for client in alive.cohort if client in seen and client in alive]
         names = {cut: self._names(cut) for cut in set(cuts.values())}
         wants = {cut: Want(shapes=like(self._half(state, cut))) for cut in names}
+        after = self._cuts(alive.cohort, state)
+
+        def look(reply: Message) -> str:
+            values, moments = _parted(reply.tensors)
+            leaving = names[cuts[reply.client]] - self._names(after[reply.client])
+            wrong = _no_moments(moments, {n: state.shared[n] for n in leaving})
+            return wrong or wants[cuts[reply.client]].misfit(replace(reply, tensors=values))
+
         replies = alive.gather(
-            dict.fromkeys(asked, Message("cc1", "collect")),
-            Want(look=lambda reply: wants[cuts[reply.client]].misfit(reply)),
+            {
+                client: Message("cc1", "collect", facts=self._told(after[client]))
+                for client in asked
+            },
+            Want(look=look),
         )
         somewhere = set().union(*names.values())
         with ask.meter.step("cc2"):
             updates = {}
             for client, reply in replies.items():
                 here = halves[client].learner.within(sorted(somewhere - names[cuts[client]]))
-                updates[client] = {**reply.tensors, **here.values()}
+                updates[client] = {**_parted(reply.tensors)[0], **here.values()}
             half = self.rule(updates, seen)
         version = int(state.facts.get("version", 0)) + 1
         state = replace(
             state, shared={**state.shared, **half}, facts={**state.facts, "version": version}
         )
-        return self._bring(state, [c for c in alive.cohort if c in alive], cuts, ask)
+        there = [client for client in alive.cohort if client in alive]
+        joining = {}
+        if self.setup.training.optimizer_state == "keep":
+            for client in there:
+                new = self._names(after[client]) - names[cuts[client]]
+                joining[client] = _of(halves[client].learner.state(), new)
+        left = {client: _parted(reply.tensors)[1] for client, reply in replies.items()}
+        return self._bring(state, there, after, ask, joining), left
+
+    def _moved(
+        self, state: ServerState, left: Mapping[str, Group], before: Mapping[str, int]
+    ) -> ServerState:  # fmt: skip
+        """What the server's optimizers remember after blocks changed sides, as ``left`` says."""
+        after = self._cuts(list(before), state)
+        if after == before:
+            return state
+        gone = {c: self._names(after[c]) for c in after}
+        if self.options.server == "per-client":
+            clients = dict(state.clients)
+            for client, names in gone.items():
+                mine = {**clients.get(client, {}), **left.get(client, {})}
+                clients[client] = {k: t for k, t in mine.items() if _owner(k) not in names}
+            return replace(state, clients=clients)
+        optimizer = dict(state.optimizer)
+        for key in sorted({key for group in left.values() for key in group}):
+            if key not in optimizer:  # of all who bring it
+                bring = [group[key] for group in left.values() if key in group]
+                optimizer[key] = torch.stack(bring).mean(0)
+        common = set.intersection(*gone.values())
+        optimizer = {k: t for k, t in optimizer.items() if _owner(k) not in common}
+        return replace(state, optimizer=optimizer)
 
     def _merge(
         self, state: ServerState, halves: Mapping[str, Half], seen: Mapping[str, float],
@@ -560,7 +682,7 @@ class Activations:
         """The client's parts in training (the tail only with labels at home)."""
         if "halves" not in site.live:
             cut = self._cut(site)
-            begin = min(self.model.frozen.begin, cut)
+            begin = self._begin(cut)
             parts = {"client": self.model.part("client", cut, begin)}
             if self.home:
                 parts["tail"] = self.model.part("tail", cut)
@@ -580,17 +702,39 @@ class Activations:
 
     def _below(self, site: Site) -> Known | None:
         """The private rows' hidden states, as far as nothing before them is trained."""
-        begin = min(self.model.frozen.begin, self._cut(site))
-        return known(self.model, begin, site.train, site.meter, "c1")
+        return known(self.model, self._begin(self._cut(site)), site.train, site.meter, "c1")
+
+    def _begin(self, cut: int) -> int:
+        """Blocks that ran once for each row; not the last one, where its attention is asked for."""
+        watched = self.share < 1 and self.options.keep_by == "attention"
+        return min(self.model.frozen.begin, cut - 1 if watched else cut)
+
+    def _kept(self, site: Site, batch: Batch, received: Tensor | None, number: int) -> Tensor:
+        """
+        The cells of a batch that cross, in order: those that received most attention, or any.
+
+        What the head reads always does: the first token of an encoder, the last one of a decoder.
+        """
+        assert self.model.family is not None
+        inputs, device = batch.inputs, batch.targets.device
+        lengths, begins = inputs.full_lengths().cpu().numpy(), inputs.starts()
+        rng = stream(self.setup.seed, site.name, "tokens", site.round, number)
+        score = rng.random(inputs.cells) if received is None else received.double().cpu().numpy()
+        found = []
+        for begin, length, count in zip(begins, lengths, kept(lengths, self.share), strict=True):
+            mine = score[begin : begin + length].copy()
+            mine[length - 1 if self.model.family.decoder else 0] = np.inf
+            found.append(begin + np.sort(np.argsort(-mine, kind="stable")[:count]))
+        return torch.from_numpy(np.concatenate(found)).to(device)
 
     def _cut(self, site: Site) -> int:
         """Blocks at this client, as the server says."""
-        return int(site.live.get("cut", self.cut))
+        return int(site.live.get(CUT, self.cut))
 
     def _next(self, site: Site) -> tuple[Batch, int, int]:
         """The client's next batch of this round, its number, and how many are left after it."""
         if "batches" not in site.live:
-            plan = replace(site.plan(site.train, "private"), known=self._below(site))
+            plan = replace(site.private(), known=self._below(site))
             per_round = plan.per_pass * self.setup.training.epochs
             first = per_round * (site.round - 1)
             site.live["batches"] = iter(plan.between(first, first + per_round))
@@ -601,22 +745,32 @@ class Activations:
 
     def forward(self, site: Site, message: Message) -> Tasked[Message]:
         """c1 run the first layers on a private batch, c2 send activations (and labels)."""
-        if "cut" in message.facts:
-            site.live["cut"] = check_cut(self.options, self.model, int(message.facts["cut"]))
+        if CUT in message.facts:
+            site.live[CUT] = check_cut(self.options, self.model, int(message.facts[CUT]))
         half = self._half_of(site)["client"]
         batch, number, left = self._next(site)
         purpose = (self.setup.seed, site.name, "private", "dropout", site.round, number)
         bare = replace(batch, inputs=replace(batch.inputs, select=None))
-        passed: Passed = yield Forward(half, bare, purpose, "c1")
-        site.live.update(batch=batch, passed=passed)
+        watched = self.share < 1 and self.options.keep_by == "attention"
+        passed: Passed = yield Forward(
+            half, bare, purpose, "c1", watched=self._cut(site) - 1 if watched else None
+        )
         with site.meter.step("c1"):
-            extra = self.extra
+            extra, chosen = self.extra, None
+            if self.share < 1:
+                chosen = self._kept(site, batch, passed.received, number)
+            site.live.update(batch=batch, passed=passed, kept=chosen)
             real = batch.inputs.full_lengths() + extra
-            tensors = {H: pack_rows(passed.out.detach(), batch.inputs, extra), LENGTHS: real.int()}
-            roles = {H: Role.ACTIVATION, LENGTHS: Role.MASK}
+            out = pack_rows(passed.out.detach(), batch.inputs, extra, chosen)
+            tensors, roles = {H: out, LENGTHS: real.int()}, {H: Role.ACTIVATION, LENGTHS: Role.MASK}
+            if chosen is not None:
+                tensors[PLACES] = batch.inputs.positions()[chosen].int()
+                roles[PLACES] = Role.INDEX
             if not self.home:
                 tensors[LABELS] = _labels(batch, self.model.classification)
                 roles[LABELS] = Role.LABEL
+            if self.weighs and batch.weights is not None:
+                tensors[WEIGHTS], roles[WEIGHTS] = batch.weights, ROLES[WEIGHTS]
         facts: dict[str, Any] = {"left": left, "number": number, "units": batch.units}
         return Message("c2", tensors=tensors, roles=roles, facts=facts)
 
@@ -626,15 +780,20 @@ class Activations:
         batch: Batch = site.live["batch"]
         extra = self.extra
         with site.meter.step("c3"):
-            hidden = unpack_rows(message.tensors[H].to(batch.targets.device), batch.inputs, extra)
+            sent, chosen = message.tensors[H].to(batch.targets.device), site.live["kept"]
+            hidden = unpack_rows(sent, batch.inputs, extra, chosen)
             hidden = hidden.clone().requires_grad_(True)
         purpose = (self.setup.seed, site.name, "tail", site.round, site.live["number"])
         given = replace(batch, inputs=batch.inputs.after(hidden))
         passed: Passed = yield Forward(half, given, purpose, "c3", "tail")
         with site.meter.step("c3"):
-            loss = cross_entropy(passed.out, batch.targets, batch.places).mean()
+            each = cross_entropy(passed.out, batch.targets, batch.places)
+            loss = _mean(each, batch)
+            if batch.weights is not None:
+                train = site.train
+                site.learnt(of_rows(batch, train, each), len(train))
         found: Tensor = yield Backward(passed, "c3", goal=loss)
-        gradient = {GRAD: pack_rows(found, batch.inputs, extra)}
+        gradient = {GRAD: pack_rows(found, batch.inputs, extra, chosen)}
         return Message(
             "c3", tensors=gradient, roles=of_role(Role.GRADIENT, gradient),
             facts={"loss": float(loss.detach())},
@@ -645,7 +804,10 @@ class Activations:
         passed: Passed = site.live.pop("passed")
         batch: Batch = site.live["batch"]
         sent = message.tensors[GRAD].to(passed.out.device)
-        gradient = unpack_rows(sent, batch.inputs, self.extra)
+        if LOSSES in message.tensors:
+            train = site.train
+            site.learnt(of_rows(batch, train, message.tensors[LOSSES]), len(train))
+        gradient = unpack_rows(sent, batch.inputs, self.extra, site.live["kept"])
         fraction = (site.live["number"] - 1) / site.live["per_round"]
         yield Backward(
             passed, "c5", gradient, None,
@@ -661,17 +823,56 @@ class Activations:
         for half in self._half_of(site).values():
             values |= half.learner.values()
             optimizer |= half.learner.state()
-        if self.setup.training.optimizer_state == "keep":
-            site.keep("optimizer", optimizer)
         site.keep("personal", {n: t for n, t in values.items() if n in self.personal})
         sent = {n: t for n, t in values.items() if n not in self.personal}
+        if self.setup.training.optimizer_state == "keep":
+            cut = check_cut(self.options, self.model, int(message.facts.get(CUT, self._cut(site))))
+            moments = _of(optimizer, set(sent) - self._names(cut))  # of blocks that leave
+            site.keep("optimizer", {k: t for k, t in optimizer.items() if k not in moments})
+            sent |= moments
         return Message("cc1", tensors=sent, roles=of_role(Role.PARAMETER, sent))
 
     def replace(self, site: Site, message: Message) -> Message:
         """cc4: take the averaged half."""
-        site.keep("tunables", message.tensors)
+        values, moments = _parted(message.tensors)
+        site.keep("tunables", values)
+        if moments:
+            site.keep("optimizer", site.group("optimizer") | moments)
         site.live.pop("halves", None)  # their optimizers end here
         return Message("cc4")
+
+
+def _mean(losses: Tensor, batch: Batch) -> Tensor:
+    """The mean loss of the batch's units, each with its weight."""
+    return (losses if batch.weights is None else losses * batch.weights).mean()
+
+
+def _owner(key: str) -> str:
+    """The tunable that a tensor is of, or is remembered for (``Learner.state``)."""
+    return key.rpartition("|")[0]
+
+
+def _parted(tensors: Mapping[str, Tensor]) -> tuple[Group, Group]:
+    """Values of tunables, and what optimizers remember of some."""
+    moments = {name: t for name, t in tensors.items() if "|" in name}
+    return {name: t for name, t in tensors.items() if name not in moments}, moments
+
+
+def _of(optimizer: Mapping[str, Tensor], names: set[str]) -> Group:
+    """What an optimizer remembers of these tunables."""
+    return {key: tensor for key, tensor in optimizer.items() if _owner(key) in names}
+
+
+def _no_moments(moments: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> str:
+    """Why these are not what an optimizer remembers of these tunables; empty where they are."""
+    for key, tensor in moments.items():
+        name, _, slot = key.rpartition("|")
+        shape = () if slot == "step" else like(values).get(name)
+        if name not in values or tuple(tensor.shape) != shape or tensor.dtype is not torch.float32:
+            return f"sent {key!r}, which it was not asked for"
+        if slot in ("step", "exp_avg_sq") and bool((tensor < 0).any()):
+            return f"sent {key!r} below 0"
+    return ""
 
 
 def _all(results: Sequence[Any]) -> Sequence[Any]:

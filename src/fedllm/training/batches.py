@@ -26,6 +26,7 @@ class Batch:
 
     targets: classes [rows] or next tokens [selected].  places: index of each target among all
     targets of the Examples, in their order.  tokens: real ones.  row_numbers: in the Examples.
+    weights: of each unit in the loss; None: all alike.
     """
 
     inputs: Inputs
@@ -33,6 +34,7 @@ class Batch:
     places: Tensor
     tokens: int
     row_numbers: Sequence[int] = ()
+    weights: Tensor | None = None
 
     @property
     def rows(self) -> int:

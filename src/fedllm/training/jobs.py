@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -45,12 +45,17 @@ class Fit:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a stretch of local training gives back."""
+    """
+    What a stretch of local training gives back.
+
+    rows: the last loss of each row, by its number, where rows are drawn by their losses.
+    """
 
     values: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     loss: float
     steps: int
+    rows: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -92,13 +97,18 @@ class Half:
 
 @dataclass(eq=False)
 class Forward:
-    """Run a half, keeping the graph. The result is ``Passed``."""
+    """
+    Run a half, keeping the graph. The result is ``Passed``.
+
+    watched: the block of which ``Passed.received`` says what attention each cell received there.
+    """
 
     half: Half
     batch: Batch
     purpose: tuple[object, ...]
     step: str
     kind: str = "train"
+    watched: int | None = None
 
 
 @dataclass(eq=False)
@@ -113,6 +123,7 @@ class Passed:
     waiting: set[int]  # slots of the pass without gradient yet
     slot: int
     slots: int  # of the pass
+    received: Tensor | None = None
 
 
 @dataclass(eq=False)

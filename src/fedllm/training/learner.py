@@ -15,6 +15,7 @@ from fedllm.data.examples import Examples
 from fedllm.models.frozen import Known
 from fedllm.streams import stream
 from fedllm.training.batches import Batch, Padding, collate, order
+from fedllm.training.sampling import Chances, weighed
 
 
 def rate_factor(training: ex.Training, progress: float) -> float:
@@ -200,6 +201,7 @@ class Plan:
 
     Pass e is shuffled by the stream (purpose, "order", e) alone, so that a resumed or a
     stretched training sees the same batches.  known: hidden states in place of the tokens.
+    chances: of each row to be drawn, over and over (``training.sampling``); None: each once a pass.
     """
 
     examples: Examples
@@ -209,6 +211,7 @@ class Plan:
     purpose: tuple[object, ...]
     device: str = "cpu"
     known: Known | None = None
+    chances: Chances | None = None
 
     @property
     def per_pass(self) -> int:
@@ -217,13 +220,18 @@ class Plan:
 
     def rows(self, number: int) -> Sequence[list[int]]:
         """Row numbers of each batch of pass ``number``."""
-        rng = stream(*self.purpose, "order", number)
-        return order(self.examples.lengths, self.size, self.padding, rng)
+        rng, lengths = stream(*self.purpose, "order", number), self.examples.lengths
+        if self.chances is None:
+            return order(lengths, self.size, self.padding, rng)
+        drawn = rng.choice(len(lengths), len(lengths), p=self.chances)
+        groups = order(lengths[drawn], self.size, self.padding, rng)
+        return [drawn[group].tolist() for group in groups]
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """One batch."""
         pad_to = self.longest if self.padding == "fixed" else None
-        return collate(self.examples, rows, pad_to, self.device, self.known)
+        found = collate(self.examples, rows, pad_to, self.device, self.known)
+        return found if self.chances is None else weighed(found, self.examples, self.chances)
 
     def between(self, first: int, last: int) -> Iterator[Batch]:
         """Batches number ``first`` to ``last`` - 1 of the endless sequence of passes."""

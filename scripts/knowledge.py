@@ -37,7 +37,11 @@ GRIDS = {  # of the table, in its order
     "fedkd": "A private mentor (K-03)",
 }
 ALONE = "alone"
-PICTURE = ("forms", "selection", "features", "pruning")
+PANELS = {  # of the picture: runs that differ in nothing else than what their lines say
+    "public rows without labels": ("forms",),
+    "with labels": ("selection", "features", "pruning"),
+}
+TICKS = (10, 20, 50, 100, 200, 400)  # kB
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,9 @@ def table(found: Mapping[str, list[Line]]) -> str:
     """All grids, one block of lines each."""
     listed = []
     for grid, some in found.items():
-        listed.append([f"**{GRIDS[grid]}**", *[""] * 6])
         plain = some[0]
+        seeds = ", ".join(map(str, plain.seeds))
+        listed.append([f"**{GRIDS[grid]}**, seeds {seeds}", *[""] * 6])
         for line in some:
             first = line is plain
             listed.append([
@@ -144,7 +149,7 @@ def verdict(what: str, gap: Sequence[float]) -> list[str]:
     noise = statistics.stdev(gap) if len(gap) > 1 else float("inf")
     holds = "holds" if mean > 0 else "**does not hold**"
     if abs(mean) <= noise:
-        holds += ", within the spread of the seeds"
+        holds += ", within the spread of the seeds" if len(gap) > 1 else ", one seed"
     return [what, holds, f"{spread(gap, '+.1f')} points, {sum(g > 0 for g in gap)} of {len(gap)}"]
 
 
@@ -163,8 +168,8 @@ def verdicts(found: Mapping[str, list[Line]], alone: Sequence[Line]) -> list[lis
     for line in found.get("pruning", [])[1:]:
         if line.label.startswith("choose"):
             gap = gaps(line.server, found["pruning"][0].server)
-            listed.append(verdict(f"K-10: {line.label} at least as good as random", gap))
-    add("K-06: rows by the clients' labels at least as good as random", "feedback",
+            listed.append(verdict(f"K-10: {line.label} better than random", gap))
+    add("K-06: rows by the clients' labels better than random", "feedback",
         "choose feedback")  # fmt: skip
     add("K-13: two clusters better than one consensus, for clients", "clusters", "clusters 2",
         "clients")  # fmt: skip
@@ -197,30 +202,37 @@ def front(some: Sequence[Line]) -> list[Line]:
 
 def draw(found: Mapping[str, list[Line]], path: Path) -> None:
     """The server's accuracy against bytes of a client and round; dashed: the front."""
-    shown = {grid: found[grid] for grid in PICTURE if grid in found}
-    if not shown:
-        return
-    figure = Figure(figsize=(4.3 * len(shown), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for axes, (grid, some) in zip(panels, shown.items(), strict=True):
-        best = front(some)
+    shown = {
+        title: [(grid, line) for grid in grids for line in found.get(grid, [])]
+        for title, grids in PANELS.items()
+    }
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (title, some) in zip(panels, shown.items(), strict=True):
+        best = front([line for _, line in some])
         axes.plot([line.bytes / 1e3 for line in best],
                   [100 * statistics.fmean(line.server) for line in best],
                   color="#888888", linestyle="--", linewidth=1, drawstyle="steps-post")  # fmt: skip
-        for number, line in enumerate(some):
+        grids = list(dict.fromkeys(grid for grid, _ in some))
+        for number, (grid, line) in enumerate(some):
             values = [100 * value for value in line.server]
             axes.errorbar(
                 line.bytes / 1e3, statistics.fmean(values),
                 statistics.stdev(values) if len(values) > 1 else 0,
-                color=f"C{number}", marker="os^Dvp*"[number % 7], capsize=3, linestyle="none",
-                label=line.label,
+                color=f"C{number % 10}", marker="os^Dvp*"[grids.index(grid)], markersize=5,
+                capsize=3, linestyle="none", label=f"{grid}: {line.label}",
             )  # fmt: skip
         axes.set_xscale("log")
-        axes.set_title(GRIDS[grid], fontsize=9)
+        axes.set_xlim(TICKS[0], 1.3 * TICKS[-1])
+        axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
+        axes.minorticks_off()
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel("kB of a client and round")
         axes.grid(True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, frameon=False, loc="best")
+        if some:
+            axes.legend(fontsize=7, frameon=False, loc="upper center", ncols=2,
+                        bbox_to_anchor=(0.5, -0.13))  # fmt: skip
     panels[0].set_ylabel("server's accuracy, %")
     figure.savefig(path, metadata={"Date": None})
 
@@ -241,15 +253,15 @@ def write_csv(found: Mapping[str, list[Line]], path: Path) -> None:
 
 def page(found: Mapping[str, list[Line]], alone: Sequence[Line]) -> str:
     """README.md of the study."""
-    seeds = sorted({seed for some in found.values() for line in some for seed in line.seeds})
     parts = [
         "# What each block of knowledge costs and gives", "",
         "Made by `make knowledge` (`fedllm sweep experiments/knowledge/<name>.toml`, then",
         "`scripts/knowledge.py`): MiniLM (22.7 M, real weights), Banking77, clients with 1,000",
         "rows each (Dirichlet 0.3 over the labels), 625 public rows, five rounds. Accuracy on the",
-        "test rows after the last round, mean and standard deviation of the seeds "
-        f"{', '.join(map(str, seeds))};", "the gains are over the first line of each block, seed "
-        "by seed, in points; bytes (both ways) and FLOPs are of a client and round.", "",
+        "test rows after the last round, mean and standard deviation over the seeds (none where",
+        "there is one); the gains are over the first line of each block, seed by seed, in points;",
+        "bytes (both ways) and FLOPs are of a client and round. The settings were fixed before the",
+        "first run.", "",
         table(found), "",
     ]  # fmt: skip
     if alone:

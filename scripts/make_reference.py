@@ -262,7 +262,8 @@ def _choices(values: list[Any]) -> str:
 def kind_of(schema: dict[str, Any]) -> str:
     """A property's JSON schema in words."""
     if "anyOf" in schema:
-        return kind_of(next(part for part in schema["anyOf"] if part.get("type") != "null"))
+        kinds = [kind_of(part) for part in schema["anyOf"] if part.get("type") != "null"]
+        return " or ".join(kinds)
     if "oneOf" in schema or "$ref" in schema:
         return "table"
     if "enum" in schema:

@@ -190,6 +190,8 @@ def test_a_row_that_is_no_question_is_refused_by_file_and_row(
 @pytest.mark.parametrize(("changes", "words"), [
     ({"data": {"options": None}}, "data.options: multiple choice needs"),
     ({"task": {"kind": "generation"}}, "data.options: only with"),
+    ({"data": {"options": None, "answer_by": "letter"}, "task": {"kind": "generation"}},
+     "data.answer_by: only with"),
     ({"data": {"option_pattern": "("}}, "no regular expression"),
     ({"data": {"option_pattern": "(a)(b)"}}, "2 groups"),
     ({"evaluation": {"rouge_examples": 1}}, "evaluation.rouge_examples: .*'generation' with"),

@@ -59,6 +59,21 @@ def test_dump_reads_back_equal(
     assert parsed(tomllib.loads(ex.dump(spec))) == spec
 
 
+@pytest.mark.parametrize("name", ["client-1", "bank.a", "card arrival", 'a"b', "${HOME}", "Zürich"])
+def test_a_client_may_have_any_name(name: str, tmp_path: Path) -> None:
+    """A site's may hold dots, a column's value anything; what is stored is what sites are sent."""
+    spec = parsed({"strategy": {"kind": "logits", "client_models": {name: "builtin#2"}}})
+    again = ex.parse_text(ex.dump(spec), "stored", tmp_path, foreign=True)
+    assert again.strategy == spec.strategy
+
+
+@pytest.mark.parametrize("wrong", [3, "gpt2", [1], {"a": 1}, {"a": {"b": "gpt2"}}])
+def test_models_of_clients_are_a_list_or_a_table(wrong: Any, tmp_path: Path) -> None:
+    values = {"strategy": {"kind": "logits", "client_models": wrong}}
+    with pytest.raises(FedllmError, match=r"strategy.client_models: .*expected a list of models"):
+        ex.parse(values, "test", tmp_path)
+
+
 def test_overrides_are_toml_or_words() -> None:
     spec = parsed({}, "training.rate=0.5", "training.optimizer=sgd", "seeds=[3, 4]",
                   "strategy.kind=activations", "strategy.cut=2")  # fmt: skip

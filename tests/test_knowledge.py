@@ -386,6 +386,14 @@ def test_clusters_teach_their_own() -> None:
     assert sum(row.payload_bytes for row in rows if row.role == "logit") == 6 * 12 * 4 * 24
 
 
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_a_server_looks_only_at_what_it_sends(clusters: int) -> None:
+    """Where clusters teach their own, b6 would be work for nobody."""
+    _, rows = ran(clusters=clusters, public={"labelled": False})
+    assert any(row.step == "b5" and row.flops for row in rows)
+    assert any(row.step == "b6" and row.flops for row in rows) == (clusters == 1)
+
+
 @pytest.mark.parametrize(
     ("strategy", "said"),
     [
@@ -399,6 +407,7 @@ def test_clusters_teach_their_own() -> None:
         ({**FEATURES, "knowledge": "confidence"}, r"'confidence': needs distributions"),
         ({**FEATURES, "keep": 1}, r"strategy.keep = 1: needs distributions"),
         ({**FEATURES, "clusters": 2}, r"strategy.clusters = 2: needs distributions"),
+        ({**FEATURES, "temperature": 2.0}, r"strategy.temperature = 2: form = 'features' sends"),
         (FEATURES, r"teach the server's model no head"),
         ({"max_entropy": 0.5}, r"strategy.max_entropy: only with knowledge = 'entropy'"),
         ({"knowledge": "entropie"}, r"entropie.*'entropy'"),

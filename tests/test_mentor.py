@@ -1,5 +1,6 @@
 """K-03, FedKD: a mentor at each client, a common mentee, updates with a share of their energy."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +129,27 @@ def test_the_mentor_stays_and_the_update_keeps_its_energy(monkeypatch: pytest.Mo
     assert 0 < sum(row.payload_bytes for row in rows) < 0.8 * 2 * 3 * up
     assert {row.codec for row in rows} == {"energy-95-98"}
     assert done.history[-1]["mean"] and done.history[-1]["global"]
+
+
+def test_a_client_without_finite_update_fails_by_itself() -> None:
+    """Law 9 holds with a codec that takes matrices apart, too."""
+    once = {"codecs": {"parameter": "energy-95"}, "minimum_replies": 1}
+    built = build(fedkd(rounds=1, strategy={"kind": "parameters"}, exchange=once))
+    strategy: Any = built.strategy
+    honest = strategy.train
+
+    def broken(site: Any, message: Any) -> Any:
+        reply = yield from honest(site, message)
+        if site.name == "client-1":
+            for tensor in reply.tensors.values():
+                tensor.fill_(math.nan)
+        return reply
+
+    strategy.tasks = {"train": broken}
+    finish(built)
+    failed = [(row.client, row.reason) for row in built.ledger.rows if row.failures]
+    assert [client for client, _ in failed] == ["client-1"]
+    assert failed[0][1].startswith("sent NaN or infinity")
 
 
 def test_both_models_learn_and_neither_is_the_others_copy() -> None:

@@ -125,6 +125,8 @@ def hold(spec: ex.Experiment) -> None:
         pytest.param(GPT2, "classification", STRATEGIES[4], id="builtin-4"),
         pytest.param(GPT2, "generation", MUTUAL, id="builtin-knowledge"),
         pytest.param(GPT2, "classification", FEATURES, id="builtin-features"),
+        pytest.param(GPT2, "classification", {"kind": "logits", "clusters": 2},
+                     id="builtin-clusters"),
     ],
 )  # fmt: skip
 def test_a_plan_is_what_a_run_then_measures(name: str, task: str, strategy: dict[str, Any]) -> None:

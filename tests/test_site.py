@@ -11,7 +11,7 @@ from fedllm import experiment as ex
 from fedllm.across import Called, hosted, order_of, server_says
 from fedllm.errors import FedllmError, Refusal
 from fedllm.exchange import encode
-from fedllm.flower import Caller, discreet
+from fedllm.flower import Caller, _carried, discreet
 from fedllm.message import Message, unpack
 from fedllm.remote import Distant
 from fedllm.site import Hosted
@@ -69,6 +69,23 @@ def test_a_site_with_a_model_of_its_own_says_which(sites: Sites) -> None:
     assert ex.Logits().models(sites.names) == {}
     with pytest.raises(FedllmError, match=r"client_models.klient-1: no such .*'client-1'"):
         ex.Logits(client_models={"klient-1": LLAMA}).models(sites.names)
+
+
+def test_a_public_set_that_will_come_needs_no_interpreter(tmp_path: Path) -> None:
+    """A model of the same tokens understands the server's; the site has no row of the set yet."""
+    text = {"prompt": "text", "response": "intent", "max_tokens": 48}
+    sites = Sites(tmp_path, experiment(task="generation", data=text))
+    public = sites.spec.public.model_copy(update={"ship": True})
+    mine = half(sites, strategy=ex.Logits(client_models={"client-1": "builtin#2"}), public=public)
+    assert mine.facts["model"] and not mine.facts["public"]
+
+
+def test_a_table_of_models_names_sites_only_whoever_carries_the_frames(sites: Sites) -> None:
+    """A site that the table misses for a slip of the pen would train the server's model."""
+    table = ex.Logits(client_models={"klient-1": GPT2})
+    there = ex.FederationFile(superlink="a:1", sessions="a:2", sites=tuple(sites.names))
+    with pytest.raises(FedllmError, match=r"client_models.klient-1: no such client"):
+        _carried(None, there, None, sites.spec.replace(strategy=table))  # type: ignore[arg-type]
 
 
 def test_errors_that_may_hold_a_row_stay_at_the_site(

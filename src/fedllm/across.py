@@ -129,13 +129,17 @@ def lead(
         order = order_of(experiment, seed, folder)
         call(name, {**order, "address": sessions.address, "token": token})
 
-    spec = experiment.strategy  # that there are no others in its table
-    if isinstance(spec, ex.Logits):
-        spec.models(names)
-    elif isinstance(spec, ex.Activations):
-        spec.cuts(names)
+    agree_on_names(experiment, names)
     remote = Called(sessions, names, bring, seconds, lost)
     return lead_over(remote, experiment, seed, folder, resume=resume, listener=listener)
+
+
+def agree_on_names(experiment: ex.Experiment, names: Sequence[str]) -> None:
+    """Raise FedllmError for a table of models or cuts that names others than these sites."""
+    if isinstance(experiment.strategy, ex.Logits):
+        experiment.strategy.models(names)
+    elif isinstance(experiment.strategy, ex.Activations):
+        experiment.strategy.cuts(names)
 
 
 def lead_over(

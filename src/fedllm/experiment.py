@@ -19,7 +19,7 @@ from pydantic import (
     Field,
     ValidationError,
     model_validator,
-)  # fmt: skip
+)
 
 from fedllm.errors import FedllmError, nearest
 
@@ -267,6 +267,17 @@ def whose(key: str, listed: Sequence[V] | Mapping[str, V], clients: Sequence[str
     return {name: listed[k % len(listed)] for k, name in enumerate(clients)} if listed else {}
 
 
+def _models(value: Any) -> Any:
+    """Refused here: of a union pydantic would name types that nobody wrote."""
+    names = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list | tuple) or not all(isinstance(n, str) for n in names):
+        raise ValueError(
+            f"{json.dumps(value, default=str)}: expected a list of models' names, or a table of "
+            "clients' names and models'"
+        )
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Logits(Section):
     """
     Clients exchange logits of the public set (steps b1 to b8).
@@ -303,7 +314,7 @@ class Logits(Section):
     clusters: Positive = 1
     label_share: Annotated[float, Field(ge=0, le=1)] | None = None
     server_model: bool = True
-    client_models: tuple[str, ...] | dict[str, str] = ()
+    client_models: Annotated[tuple[str, ...] | dict[str, str], BeforeValidator(_models)] = ()
     epochs: Positive = 1
     batch_size: Positive | None = None
     rate: Rate | None = None
@@ -686,6 +697,8 @@ class Experiment(Section):
         for key in ("options", "option_pattern"):
             if getattr(self.data, key) is not None:
                 raise ValueError(f"data.{key}: only with task.kind = 'multiple-choice'")
+        if self.data.answer_by != "any":
+            raise ValueError("data.answer_by: only with task.kind = 'multiple-choice'")
 
     def _taught(self, where: str, spec: Logits) -> None:
         """What logits ask of the public set, and settings that would mean nothing."""
@@ -774,6 +787,11 @@ class Experiment(Section):
             raise ValueError(
                 f"{where}.{key}: needs distributions, and form = 'features' sends none; expected "
                 "knowledge = 'uniform', 'mean', 'loss' or 'least-loss' and one cluster"
+            )
+        if spec.temperature != 1:
+            raise ValueError(
+                f"{where}.temperature = {spec.temperature:g}: form = 'features' sends nothing that "
+                "a temperature softens; leave it out"
             )
         headless = self.task.kind == "classification" and spec.server_model
         if headless and (not self.public.labelled or spec.label_share == 0):
@@ -1033,20 +1051,29 @@ def dump(experiment: Experiment) -> str:
 def _write(lines: list[str], table: Mapping[str, Any], prefix: str) -> None:
     for key, value in table.items():
         if not isinstance(value, dict):
-            lines.append(f"{key} = {_toml(value)}")
+            lines.append(f"{_bare(key)} = {_toml(value)}")
     for key, value in table.items():
         if isinstance(value, dict):
-            lines += ["", f"[{prefix}{key}]"]
-            _write(lines, value, f"{prefix}{key}.")
+            lines += ["", f"[{prefix}{_bare(key)}]"]
+            _write(lines, value, f"{prefix}{_bare(key)}.")
+
+
+def _bare(key: str) -> str:
+    """A key as TOML has it: a client's name may hold dots, spaces or anything else."""
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else _quoted(key)
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_quoted(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML forbids it bare
+    text = _quoted(value)
     return _VARIABLE.sub(lambda match: f"${match[0]}", text)  # nobody's environment is meant
+
+
+def _quoted(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML forbids it bare
 
 
 def _literal(value: Any) -> Any:
@@ -1114,9 +1141,9 @@ def _resolve_all(values: dict[str, Any], folder: Path) -> None:
             continue
         found = strategy.get("client_models")
         if isinstance(found, list):
-            strategy["client_models"] = [_path(item, folder) for item in found]
+            strategy["client_models"] = [_named(item, folder) for item in found]
         elif isinstance(found, dict):
-            strategy["client_models"] = {k: _path(item, folder) for k, item in found.items()}
+            strategy["client_models"] = {k: _named(item, folder) for k, item in found.items()}
 
 
 def _resolve(section: Any, key: str, folder: Path) -> None:

@@ -489,14 +489,13 @@ def _interpreters(
     if experiment.task.kind == "classification" or not others:
         return {}
     public, vocabulary = prepared.public, prepared.tokenizer.get_vocab()
-    assert public is not None
-    ours = (prepared.tokenizer, public, server.outputs)
     made: dict[int, tuple[Interpreter, Interpreter]] = {}
     for model, data in others.values():
         same = data.tokenizer.get_vocab() == vocabulary and model.outputs == server.outputs
         if id(model) in made or same:
             continue
-        assert data.public is not None
+        assert public is not None and data.public is not None  # else it was refused: ``ship``
+        ours = (prepared.tokenizer, public, server.outputs)
         theirs = (data.tokenizer, data.public, model.outputs)
         place = cache()
         made[id(model)] = interpreter(theirs, ours, place), interpreter(ours, theirs, place)

@@ -20,7 +20,16 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedllm import experiment as ex
-from fedllm.across import Order, hosted, lead, lead_over, order_of, server_says, take_part
+from fedllm.across import (
+    Order,
+    agree_on_names,
+    hosted,
+    lead,
+    lead_over,
+    order_of,
+    server_says,
+    take_part,
+)
 from fedllm.errors import FedllmError, Refusal
 from fedllm.federation import Silent, write_json
 from fedllm.operate import keys_of
@@ -184,6 +193,8 @@ def _carried(
     grid: Grid, federation: ex.FederationFile, keys: Keys | None, experiment: ex.Experiment,
     folder: Path | None = None,
 ) -> Carried:  # fmt: skip
+    agree_on_names(experiment, federation.sites)
+
     def order() -> Order:
         return order_of(experiment, experiment.seeds[0], folder)
 

@@ -27,6 +27,7 @@ MUTUAL = {
 }  # fmt: skip
 STRATEGIES = [
     pytest.param({"kind": "parameters"}, {}, id="parameters"),
+    pytest.param({"kind": "logits"}, {}, id="logits"),
     pytest.param({"kind": "activations", "cut": 2}, {}, id="activations"),
     pytest.param(MUTUAL, TEXT, id="fedmkt", marks=needs_shared),
 ]

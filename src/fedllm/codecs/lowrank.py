@@ -15,7 +15,8 @@ class LowRank:
 
     Its squared error is the sum of the squares of the singular values that were dropped, and
     q (n + C) numbers travel (Yan et al., section IV-B2, dimensionality reduction of logits). What
-    is no matrix, or has not more than q (n + C) numbers, travels as it is.
+    is no matrix, or has not more than q (n + C) numbers, travels as it is; so does what holds NaN
+    or infinity, for its receiver to refuse.
     """
 
     def __init__(self, rank: float) -> None:
@@ -28,7 +29,7 @@ class LowRank:
 
     def encode(self, state: State, x: Tensor) -> tuple[State, dict[str, Tensor]]:
         """[n, C] -> [n, q] and [q, C]."""
-        if x.dim() != 2 or self.least * sum(x.shape) >= x.numel():
+        if x.dim() != 2 or self.least * sum(x.shape) >= x.numel() or not x.isfinite().all():
             return state, {"x": x}
         u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
         q = self.rank(s)

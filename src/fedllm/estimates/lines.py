@@ -307,8 +307,11 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
     if spec.server_model:
         server, most, kept, peak = public(est.begin, 1 / experiment.rounds)
         server_memory = max(server_memory, est.held(model.whole) + most + kept, peak)
+        look = est.flops(looked, "whole", False, begin=est.begin if kept else 0)
         if spec.selective:  # what it knows before it is taught
-            server += est.flops(looked, "whole", False, begin=est.begin if kept else 0)
+            server += look
+        if spec.clusters > 1:  # what it knows then is sent to nobody
+            server -= look
         if chosen in ex.LOOKING:
             scored = est.in_order(data.public, experiment.evaluation.batch_size)
             server += est.flops(scored, "whole", False, begin=est.begin if kept else 0)

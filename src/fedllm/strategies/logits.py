@@ -114,9 +114,12 @@ class Logits:
             goal = self._distil(
                 self.model, state.shared, public, knowledge, "server", ask.round, ask.meter, "b5"
             )
-            shared = alone(goal).values
-            seen = look(self.form, self.model, shared, public, size, ask.meter, "b6", self.per)
-            knowledge, state = alone(seen), replace(state, shared=shared)
+            state = replace(state, shared=alone(goal).values)
+            if not taught:  # else nobody is sent the server's
+                seen = look(
+                    self.form, self.model, state.shared, public, size, ask.meter, "b6", self.per
+                )
+                knowledge = alone(seen)
         sent = {
             client: Message(
                 "b7", "digest", {**taught.get(client, knowledge), **which},

@@ -48,7 +48,7 @@ def test_bytes_are_those_of_the_tokens_that_cross(by: str) -> None:
     spec = experiment(GPT2, strategy=half, evaluation={"every": 0})
     built = build(spec)
     finish(built)
-    rows = built.ledger.rows
+    rows = [row for row in built.ledger.rows if row.step != "eval"]
     for name, site in built.worker.sites.items():
         tokens = int(np.ceil(site.train.lengths / 2).sum())
         for direction in ("up", "down"):

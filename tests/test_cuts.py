@@ -14,6 +14,7 @@ from fedllm.errors import FedllmError
 from fedllm.estimates.makespan import Choices, Way, choose, makespan
 from fedllm.models.inputs import Inputs
 from fedllm.planning import plan, show
+from fedllm.strategies.activations import _no_moments
 from small import GPT2, build, experiment, final, finish, furthest
 
 AUTO = {"kind": "activations", "cut": "auto", "server": "per-client"}
@@ -111,6 +112,18 @@ def test_a_mixed_fleet_is_sooner_done_than_with_one_cut_for_all() -> None:
     assert all(ours.line.seconds < one.line.seconds for one in fixed)
     text = show.text(found, None, "md")
     assert "| by machine |" in text and "| 3 for all |" in text
+
+
+@pytest.mark.parametrize(("key", "shape", "good"), [
+    ("a|exp_avg", (2,), True), ("a|step", (), True), ("b|exp_avg", (2,), False),
+    ("a|exp_avg", (3,), False), ("a|other", (2,), False), ("a|step", (2,), False),
+])  # fmt: skip
+def test_what_an_optimizer_does_not_remember_is_refused(
+    key: str, shape: tuple[int, ...], good: bool
+) -> None:
+    found = _no_moments({key: torch.ones(shape)}, {"a": torch.zeros(2)}, {"exp_avg", "step"})
+    assert (found == "") is good
+    assert _no_moments({"a|step": -torch.ones(())}, {"a": torch.zeros(2)}, {"step"})
 
 
 def test_what_needs_one_cut_refuses_several() -> None:

@@ -17,7 +17,7 @@ Activations travel packed: real tokens only, [tokens, width], with the lengths o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ from fedllm.training.batches import Batch
 from fedllm.training.cohort import work
 from fedllm.training.jobs import Backward, Forward, Half, Passed, Tasked
 from fedllm.training.known import known
-from fedllm.training.learner import Learner, Span
+from fedllm.training.learner import SLOTS, Learner, Span
 from fedllm.training.meter import held_bytes
 from fedllm.training.objectives import cross_entropy
 from fedllm.training.sampling import of_rows
@@ -177,6 +177,7 @@ class Activations:
         self.home = options.labels == "client"
         check_alike(options, self._cuts(list(setup.cuts)).values())
         self.share = options.keep_tokens
+        self.slots = {*SLOTS[setup.training.optimizer], "step"}
         self.weighs = setup.training.sampling == "loss" and not self.home
         self.batches = Want(("left", "number"), ("units",), look=self._misfit)
         self.extra = self._server(self.cut).prompt_tokens
@@ -310,9 +311,11 @@ class Activations:
             return f"its labels are not {many} numbers below {self.model.outputs}"
         if self.weighs:
             weights, units = reply.tensors[WEIGHTS], int((labels != IGNORED).sum())
-            if tuple(weights.shape) != (units,) or weights.dtype is not torch.float32 \
-                    or not bool((weights > 0).all()):  # fmt: skip
-                return f"its weights are not {units} numbers above 0"
+            largest = 1.001 / self.setup.training.sampling_floor
+            largest *= 1 if self.model.classification else units  # long texts weigh more
+            fits = tuple(weights.shape) == (units,) and weights.dtype is torch.float32
+            if not fits or not bool(((weights > 0) & (weights <= largest)).all()):
+                return f"its weights are not {units} numbers above 0, at most {largest:g}"
         return ""
 
     def _crossing(self, lengths: Tensor) -> Tensor:
@@ -592,7 +595,7 @@ class Activations:
         def look(reply: Message) -> str:
             values, moments = _parted(reply.tensors)
             leaving = names[cuts[reply.client]] - self._names(after[reply.client])
-            wrong = _no_moments(moments, {n: state.shared[n] for n in leaving})
+            wrong = _no_moments(moments, {n: state.shared[n] for n in leaving}, self.slots)
             return wrong or wants[cuts[reply.client]].misfit(replace(reply, tensors=values))
 
         replies = alive.gather(
@@ -616,7 +619,7 @@ class Activations:
         there = [client for client in alive.cohort if client in alive]
         joining = {}
         if self.setup.training.optimizer_state == "keep":
-            for client in there:
+            for client in (c for c in there if after[c] != cuts[c]):
                 new = self._names(after[client]) - names[cuts[client]]
                 joining[client] = _of(halves[client].learner.state(), new)
         left = {client: _parted(reply.tensors)[1] for client, reply in replies.items()}
@@ -835,6 +838,8 @@ class Activations:
     def replace(self, site: Site, message: Message) -> Message:
         """cc4: take the averaged half."""
         values, moments = _parted(message.tensors)
+        if wrong := _no_moments(moments, values, self.slots):
+            raise FedllmError(f"the server {wrong}")
         site.keep("tunables", values)
         if moments:
             site.keep("optimizer", site.group("optimizer") | moments)
@@ -863,13 +868,21 @@ def _of(optimizer: Mapping[str, Tensor], names: set[str]) -> Group:
     return {key: tensor for key, tensor in optimizer.items() if _owner(key) in names}
 
 
-def _no_moments(moments: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> str:
-    """Why these are not what an optimizer remembers of these tunables; empty where they are."""
+def _no_moments(
+    moments: Mapping[str, Tensor], values: Mapping[str, Tensor], slots: Container[str]
+) -> str:
+    """
+    Why these are not what an optimizer remembers of these tunables; empty where they are.
+
+    slots: what it remembers of each.
+    """
+    shapes = like(values)
     for key, tensor in moments.items():
         name, _, slot = key.rpartition("|")
-        shape = () if slot == "step" else like(values).get(name)
-        if name not in values or tuple(tensor.shape) != shape or tensor.dtype is not torch.float32:
-            return f"sent {key!r}, which it was not asked for"
+        shape = () if slot == "step" else shapes.get(name)
+        fits = name in values and slot in slots and tuple(tensor.shape) == shape
+        if not fits or tensor.dtype is not torch.float32:
+            return f"sent {key!r}, which nobody needs"
         if slot in ("step", "exp_avg_sq") and bool((tensor < 0).any()):
             return f"sent {key!r} below 0"
     return ""

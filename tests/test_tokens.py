@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedllm import experiment as ex
 from fedllm.costs import kept
 from fedllm.errors import FedllmError
 from fedllm.ledger import total
@@ -40,6 +41,16 @@ def test_clients_side_by_side_send_what_each_would_alone() -> None:
     assert furthest(final(half), final(alone)) < 1e-5
     everything = experiment(GPT2, strategy={**SPLIT, "server": "per-client"})
     assert furthest(final(half), final(everything)) > 1e-4
+
+
+def test_attention_is_seen_also_above_blocks_that_ran_once() -> None:
+    """The last block at the client runs anew, whatever is remembered below it; cuts differ."""
+    spec = experiment(
+        GPT2, tunables={"kind": "lora", "rank": 2, "layers": [-1]},
+        strategy={"kind": "activations", "cut": [1, 3, 2], "keep_tokens": 0.5},
+    )  # fmt: skip
+    anew = spec.replace(model=ex.Model(cache=False))
+    assert furthest(final(spec), final(anew)) < 1e-5
 
 
 @pytest.mark.parametrize("by", ["attention", "random"])

@@ -137,6 +137,10 @@ MEANING = {
     "training.padding": "`bucket`: rows of similar length meet in a batch; `longest`: random "
                         "batches, padded to their longest row; `fixed`: padded to the longest "
                         "example allowed",
+    "training.sampling": "`uniform`: each private row once a pass; `loss`: as many draws, by the "
+    "rows' last known losses",
+    "training.sampling_floor": "`loss`: share of the draws that is even; no row weighs more than 1 "
+    "/ this",
     "parameters.payload": "clients send their tunables, or the difference from what they got "
     "(`delta`); `change`: that, and the server sends what changed since the first values",
     "parameters.server": "what the server makes of the clients' mean change",
@@ -194,13 +198,19 @@ MEANING = {
     "logits.epochs": "passes over the round's public rows, at the server and at each client",
     "logits.batch_size": "rows in a batch of distillation; without it `training.batch_size`",
     "logits.rate": "rate of distillation; without it `training.rate`",
-    "activations.cut": "blocks at the client",
+    "activations.cut": "blocks at the client; a list: of the clients in turn; a table: by their "
+    "names, who is not in it has half; `auto`: chosen for each client by `[plan]`",
+    "activations.recut": "`auto`: change of a machine's or link's speed, as a share of it, above "
+    "which cuts are chosen anew for the next round",
     "activations.server": "one server half, client after client; one for each client, averaged "
                           "every round; or one step on all clients' batches together",
     "activations.turn": "`sequential` only: clients take turns after a batch, or after all "
                         "batches of their round",
     "activations.labels": "where the labels, the head and the loss are",
     "activations.average_every": "batches of a client between two averages of the client halves",
+    "activations.keep_tokens": "share of a row's tokens that crosses; 1: all",
+    "activations.keep_by": "`attention`: those that the client's last block attends to most; "
+    "`random`: any",
     "standalone.steps": "optimizer steps of each client over the whole run, in order of names",
     "standalone.public": "one model, trained on the labelled public set",
     "exchange.clients_per_round": "clients drawn each round; without it all",
@@ -261,6 +271,9 @@ MEANING = {
     "plan.sites.memory": "bytes of memory; without it memory is no limit",
     "plan.sites.up": "bytes a second to the server",
     "plan.sites.down": "bytes a second from the server",
+    "plan.sites.speed": "`cut = \"auto\"`: factor of `flops` in each round, the last for all "
+    "after it; empty: 1",
+    "plan.sites.bandwidth": "the same of `up` and `down`",
     "plan.sites.latency": "seconds on the way of every message, each way",
     "plan.server.flops": "operations a second in training",
     "plan.server.memory": "bytes of memory; without it memory is no limit",

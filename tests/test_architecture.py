@@ -14,8 +14,9 @@ BASE = LOW | {"message", "ledger", "experiment"}
 MODELS = BASE | {"models", "data", "codecs", "transport"}
 TRAINING = MODELS | {"training"}
 EXCHANGE = TRAINING | {"aggregation", "exchange"}
-STRATEGIES = EXCHANGE | {"states", "strategies", "knowledge"}
-ROUND = STRATEGIES | {"worker", "remote", "checkpoint", "round", "costs", "summary"}
+STRATEGIES = EXCHANGE | {"states", "strategies", "knowledge", "costs"}
+ROUND = STRATEGIES | {"worker", "remote", "checkpoint", "round", "summary"}
+ESTIMATES = STRATEGIES | {"summary", "estimates"}
 FEDERATION = ROUND | {"federation", "report", "compare"}
 ALLOWED = {
     "errors": set(),
@@ -47,11 +48,12 @@ ALLOWED = {
     "engine": LOW | {"experiment", "flower"},
     "checkpoint": STRATEGIES,
     "round": ROUND,
-    "federation": ROUND | {"federation"},
+    "estimates": ESTIMATES,
+    "federation": ROUND | {"federation", "estimates"},
     "compare": FEDERATION,
     "sweep": FEDERATION | {"compare"},
     "predict": FEDERATION,
-    "planning": ROUND | {"federation", "report", "planning"},
+    "planning": ROUND | {"federation", "report", "planning", "estimates"},
     "report": FEDERATION,
     "cli": FEDERATION | {"predict", "operate", "engine", "rehearse", "planning", "sweep"},
     "__init__": {"errors"},

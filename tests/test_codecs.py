@@ -398,8 +398,8 @@ def test_the_plan_knows_the_bytes(
     strategy: dict[str, Any], codecs: dict[str, Any], step: str
 ) -> None:
     """Law 6 behind codecs: what the ledger counted is what follows from the shapes."""
-    from fedllm.planning import lines
-    from fedllm.planning.estimator import Estimator
+    from fedllm.estimates import lines
+    from fedllm.estimates.estimator import Estimator
     from fedllm.planning.sizes import sizes
 
     spec = experiment(strategy=strategy, exchange={"codecs": codecs}, evaluation={"every": 0})

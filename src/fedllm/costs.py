@@ -16,9 +16,12 @@ from itertools import groupby, pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from fedllm import experiment as ex
 from fedllm.codecs import Codecs, chosen, codec
 from fedllm.codecs.base import Shape, weight
+from fedllm.flat import Ints
 from fedllm.lora import shape_at
 from fedllm.message import Fact, Message, pack
 from fedllm.models.core import Core, Part
@@ -154,6 +157,7 @@ def activations_payload(
     (up, down): width floats a token each way (twice each way with labels at the client),
     lengths and labels up, and the client half's tunables for each average.
 
+    client: its tokens are those that cross (``kept``), each with its place where some do not.
     client_half: bytes of the client's tunables.  averages: how often they are averaged a round.
     uploads: how many of these this client had a batch for (None: all).
     """
@@ -180,12 +184,18 @@ def activations_roles(
         "activation": hidden, "gradient": hidden if home else 0,
         "mask": client.rows * epochs * INT, "label": 0 if home else per_pass * epochs * INT,
         "parameter": (averages if uploads is None else uploads) * client_half,
+        "index": tokens * INT if options.keep_tokens < 1 else 0,
     }  # fmt: skip
     down = {
         "activation": hidden if home else 0, "gradient": hidden,
         "parameter": averages * client_half,
     }  # fmt: skip
     return up, down
+
+
+def kept(lengths: Ints, share: float) -> Ints:
+    """How many tokens of rows of these lengths cross (``strategy.keep_tokens``)."""
+    return np.ceil(lengths * share - 1e-9).astype(np.int64)
 
 
 def share(codecs: Codecs, role: str, shapes: Mapping[str, Shape], way: str) -> float:

@@ -308,7 +308,12 @@ Tunables = Annotated[Lora | Adapter | BitFit | Prompt | Prefix | Full, Field(dis
 
 
 class Training(Section):
-    """How a client trains. ``schedule`` runs over all rounds of the experiment."""
+    """
+    How a client trains. ``schedule`` runs over all rounds of the experiment.
+
+    ``sampling = "loss"`` draws private rows in proportion to their last known loss, but for a share
+    ``sampling_floor`` that is drawn evenly, and weighs each by 1 / (rows x chance).
+    """
 
     epochs: Positive = 1
     batch_size: Positive = 16
@@ -322,6 +327,8 @@ class Training(Section):
     optimizer_state: Literal["reset", "keep"] = "reset"
     base_dropout: bool = False
     padding: Literal["bucket", "longest", "fixed"] = "bucket"
+    sampling: Literal["uniform", "loss"] = "uniform"
+    sampling_floor: Annotated[float, Field(gt=0, le=1)] = 0.2
 
 
 Aggregation = Literal["mean", "uniform", "zero-pad", "normalized", "hetlora", "flexlora"]
@@ -523,26 +530,58 @@ class Logits(Section):
         return whose("strategy.client_models", self.client_models, clients)
 
 
+def _cut(value: Any) -> Any:
+    """What a cut may be; the union's own errors would name its branches."""
+    if value == "auto":
+        return value
+    table = isinstance(value, list | tuple | dict)
+    listed = list(value.values() if isinstance(value, dict) else value) if table else [value]
+    if not listed or not all(type(one) is int and one >= 0 for one in listed):
+        raise ValueError(
+            f"{json.dumps(value, default=str)}: expected a number of blocks, a list of them, a "
+            "table from clients' names to them, or 'auto'; 0 is half of the blocks"
+        )
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Activations(Section):
     """
     Clients run the first ``cut`` blocks, the server the rest (steps c1 to c5, cc1 to cc4).
 
-    ``cut = 0`` stands for half of the blocks. ``average_every`` batches the client halves are
-    averaged; 0 means once, at the end of the round.
+    ``cut = 0`` stands for half of the blocks. Several cuts are taken in turn by the clients, or a
+    table says whose is which, as it must across machines. ``cut = "auto"`` gives each client that
+    with which a round is soonest over, by the machines and links of ``[plan]`` (a simulation only);
+    it is chosen anew when a speed has changed by more than ``recut`` of itself.
+    ``average_every`` batches the client halves are averaged; 0 means once, at the end of the round.
+    ``keep_tokens`` is the share of each row's tokens that crosses, rounded up (classification): the
+    server's blocks see no others, and only they get a gradient. ``keep_by`` says which: those that
+    the client's last block attends to most, or some at random; what the head reads always crosses.
     """
 
     kind: Literal["activations"] = "activations"
-    cut: Count = 0
+    cut: Annotated[
+        Count | tuple[Count, ...] | dict[str, Count] | Literal["auto"], BeforeValidator(_cut)
+    ] = 0
+    recut: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
     server: Literal["sequential", "per-client", "concatenated"] = "sequential"
     turn: Literal["batch", "epoch"] = "batch"
     labels: Literal["server", "client"] = "server"
     average_every: Count = 0
+    keep_tokens: Annotated[float, Field(gt=0, le=1)] = 1.0
+    keep_by: Literal["attention", "random"] = "attention"
 
     @model_validator(mode="after")
     def _averages(self) -> Self:
         if self.average_every and self.server == "sequential" and self.turn == "epoch":
             raise ValueError("average_every: needs turn = 'batch' with the sequential server")
+        if self.cut == "auto" and (self.server == "concatenated" or self.average_every):
+            key = "average_every" if self.average_every else "server = 'concatenated'"
+            raise ValueError(f"{key}: needs one cut for all, which cut = 'auto' does not promise")
         return self
+
+    def cuts(self, clients: Sequence[str]) -> dict[str, int]:
+        """The cuts of those of these clients who have their own (``whose``)."""
+        return {} if isinstance(self.cut, int | str) else whose("strategy.cut", self.cut, clients)
 
 
 class Standalone(Section):
@@ -719,7 +758,8 @@ class PlanSite(Section):
     Clients that are alike, for ``fedllm plan``: ``count`` of them, each with these means.
 
     flops: operations a second.  memory: bytes.  up, down: bytes a second.  latency: seconds that
-    a message takes however short it is.
+    a message takes however short it is.  speed, bandwidth: what these are in each round of a
+    simulation, as factors of ``flops`` and of ``up`` and ``down``; the last of them stays.
     """
 
     name: str | None = None
@@ -730,6 +770,19 @@ class PlanSite(Section):
     up: Rate = 2.5e6
     down: Rate = 1.25e7
     latency: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
+    speed: tuple[Rate, ...] = ()
+    bandwidth: tuple[Rate, ...] = ()
+
+    def at(self, round: int) -> PlanSite:
+        """The same as it is in a round; 0: as it is known beforehand."""
+
+        def factor(listed: tuple[float, ...]) -> float:
+            return listed[min(round, len(listed)) - 1] if round and listed else 1.0
+
+        machine, link = factor(self.speed), factor(self.bandwidth)
+        return self.model_copy(update={
+            "flops": self.flops * machine, "up": self.up * link, "down": self.down * link,
+        })  # fmt: skip
 
 
 class PlanServer(Section):
@@ -744,7 +797,7 @@ class PlanServer(Section):
 class Plan(Section):
     """
     What ``fedllm plan`` assumes: sizes that it then need not read from the data, machines and
-    links, and what its advisor tries. No run looks at it.
+    links, and what its advisor tries. No run looks at it but one with ``strategy.cut = "auto"``.
     """
 
     rows: Positive | None = None
@@ -834,6 +887,10 @@ class Experiment(Section):
         for where, spec in (("strategy", self.strategy), ("compare.logits", self.compare.logits)):
             if isinstance(spec, Logits):
                 self._taught(where, spec)
+        splits = (("strategy", self.strategy), ("compare.activations", self.compare.activations))
+        for where, half in splits:
+            if isinstance(half, Activations) and half.keep_tokens < 1:
+                self._thinned(where, half)
         parts = (("strategy", self.strategy), ("compare.parameters", self.compare.parameters))
         for where, part in parts:
             if isinstance(part, Parameters) and part.mentor is not None:
@@ -932,6 +989,11 @@ class Experiment(Section):
                 "task.response_only = false: both responses of a pair have the same prompt, of "
                 "which nothing is learnt; leave it out"
             )
+        if self.training.sampling != "uniform":
+            raise ValueError(
+                "training.sampling = 'loss': draws row by row, and the two responses of a pair are "
+                "learnt together; expected 'uniform'"
+            )
         if self.strategy.kind in ("logits", "activations"):
             raise ValueError(
                 f"strategy.kind = {self.strategy.kind!r}: preferences are learnt where both "
@@ -982,6 +1044,18 @@ class Experiment(Section):
                 f"{where}.max_entropy: only with knowledge = 'entropy' (here {spec.knowledge!r})"
             )
 
+    def _thinned(self, where: str, spec: Activations) -> None:
+        """What needs all tokens."""
+        for key, value, fits in (
+            ("task.kind", self.task.kind, self.task.kind == "classification"),
+            ("tunables.kind", self.tunables.kind, self.tunables.kind != "prompt"),
+        ):
+            if not fits:
+                raise ValueError(
+                    f"{where}.keep_tokens = {spec.keep_tokens:g}: {key} = {value!r} needs every "
+                    "token; expected 1, or a classification without virtual tokens"
+                )
+
     def _corrected(self, where: str, spec: Parameters) -> None:
         """What SCAFFOLD's control variates cannot be learnt from."""
         key = f"{where}.client.kind = 'scaffold'"
@@ -1022,6 +1096,11 @@ class Experiment(Section):
             raise ValueError(
                 f"{where}.mentor: its pupil is held back by nothing else; expected "
                 f"{where}.client.kind = 'plain' (here {spec.client.kind!r})"
+            )
+        if self.training.sampling != "uniform":
+            raise ValueError(
+                f"{where}.mentor: two models have two losses of a row; expected training.sampling "
+                f"= 'uniform' (here {self.training.sampling!r})"
             )
         if self.task.kind != "classification":
             raise ValueError(f"{where}.mentor: for task.kind = 'classification' only so far")
@@ -1168,7 +1247,7 @@ class FederationFile(Section):
 PATHS = (("model", "name"), ("model", "tokenizer"), ("simulation", "source"),
          ("simulation", "test"), ("public", "source"), ("strategy", "mentor"))  # fmt: skip
 _VARIABLE = re.compile(r"(\$?)\$\{(\w+)(?::-([^}]*))?\}")
-NO_RUN = ("plan",)  # sections that no run looks at
+NO_RUN = ("plan",)  # sections that no run looks at, unless it chooses its cuts by them
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -1222,7 +1301,9 @@ def agree(stored: Path, experiment: Experiment, free: Sequence[str] = ()) -> Non
 
 def same(one: Experiment, other: Experiment, free: Sequence[str] = ()) -> bool:
     """Whether two experiments differ in nothing but these sections and what no run looks at."""
-    return one.model_copy(update={key: getattr(other, key) for key in (*NO_RUN, *free)}) == other
+    looks = isinstance(one.strategy, Activations) and one.strategy.cut == "auto"
+    unseen = free if looks else (*NO_RUN, *free)
+    return one.model_copy(update={key: getattr(other, key) for key in unseen}) == other
 
 
 def load_site(path: Path) -> SiteFile:

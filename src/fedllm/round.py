@@ -25,7 +25,8 @@ from fedllm.training.evaluate import Metrics, add, metrics, misfit
 from fedllm.training.known import paid, restore_paid
 from fedllm.worker import Worker
 
-SAID = ("loss", "_gap")  # ends of facts that belong into a run's history
+CLOCK = "clock"  # seconds of a round under the clock of ``[plan]``, where cuts go by it
+SAID = ("loss", "_gap", CLOCK)  # ends of facts that belong into a run's history
 DETAILED = 100  # with more clients than this, theirs are reported without each class
 
 

@@ -22,9 +22,13 @@ def variant(experiment: ex.Experiment) -> str:
     """The strategy with what distinguishes it, e.g. ``activations (sequential, cut 2)``."""
     spec = experiment.strategy
     if isinstance(spec, ex.Activations):
-        cut = spec.cut or "half"
+        listed = [spec.cut] if isinstance(spec.cut, int | str) else spec.cut
+        named = listed.items() if isinstance(listed, dict) else [("", cut) for cut in listed]
+        cut = ", ".join(f"{name} {cut or 'half'}".strip() for name, cut in named)
         home = ", labels at the client" if spec.labels == "client" else ""
-        return f"activations ({spec.server}, cut {cut}{home})"
+        share = f"{spec.keep_tokens:.0%} of the tokens by {spec.keep_by}"
+        thin = f", {share}" if spec.keep_tokens < 1 else ""
+        return f"activations ({spec.server}, cut {cut}{home}{thin})"
     if isinstance(spec, ex.Parameters):
         said: list[str] = [spec.aggregation] if spec.aggregation not in ("mean", "uniform") else []
         said += ["pruned"] if spec.prune is not None else []

@@ -248,16 +248,21 @@ def _only_tunables(site: Site, message: Message, beside: str) -> None:
     beside: how names end of tensors that come with these tunables, one for each; empty: of none.
 
     The base is frozen, and a site allowed these tunables and no others. Tasks that take parameters
-    take nothing else, whatever the sender calls it.
+    take nothing else, whatever the sender calls it, but what an optimizer remembers of tunables.
     """
     models = [model for model in (site.model, site.server_model) if model is not None]
     takes = message.task in TAKES
     for name, tensor in message.tensors.items():
         if not takes and message.roles[name] is not Role.PARAMETER:
             continue
-        plain = name.removesuffix(beside) if message.task == "train" else name
-        fits = [model for model in models if plain in model.initial
-                and shape_fits(plain, tensor.shape, model.initial[plain].shape)]  # fmt: skip
+        of, mark, slot = name.partition("|")
+        shapes = [tuple(model.initial[of].shape) for model in models if of in model.initial]
+        if not mark or (message.task == "train" and mark + slot == beside):
+            fits = any(shape_fits(of, tensor.shape, own) for own in shapes)
+        elif message.task == "replace":  # what an optimizer remembers
+            fits = bool(shapes) and tuple(tensor.shape) in ([()] if slot == "step" else shapes)
+        else:
+            fits = False
         if not fits or tensor.dtype is not torch.float32:
             raise FedllmError(
                 f"{name!r} of {tuple(tensor.shape)} is none of this experiment's tunables"

@@ -168,7 +168,10 @@ def _line(
     elif isinstance(spec, ex.Activations):
         from fedllm.strategies.activations import check_cut
 
-        cut = check_cut(spec, model)
+        listed = list(spec.cut.values() if isinstance(spec.cut, dict) else spec.cut) \
+            if not isinstance(spec.cut, int | str) else [0]  # fmt: skip
+        each = [check_cut(spec, model, own) for own in listed]
+        cut = round(sum(each) / len(each))
         names = set(model.tunables_of(model.part("client", cut)))
         if spec.labels == "client":
             names |= set(model.tunables_of(model.part("tail", cut)))

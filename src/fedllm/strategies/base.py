@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,8 +24,26 @@ from fedllm.training.jobs import Fit, Penalty, Tasked, Trained
 from fedllm.training.learner import Plan, Pull, Span
 from fedllm.training.meter import Meter
 from fedllm.training.objectives import Objective, Preference, cross_entropy
+from fedllm.training.sampling import chances
 
 Group = dict[str, Tensor]
+LOSSES = "losses"  # group of a client's state: what is known of its private rows
+
+
+class Cutter(Protocol):
+    """Chooses everybody's cut from what is measured of machines and links."""
+
+    def at(self, round: int) -> dict[str, int]:
+        """By what this round measured; 0: by what is known beforehand."""
+        ...
+
+    def seconds(self, round: int, cuts: Mapping[str, int]) -> float:
+        """What a round takes with these cuts."""
+        ...
+
+    def changed(self, since: int, now: int) -> bool:
+        """Whether round ``now`` measured something far from what round ``since`` did."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,8 @@ class Setup:
     task: ex.Task = field(default_factory=ex.Task)
     width: int = 0  # of the clients' hidden states, where these are what they say
     ranks: Mapping[str, int] = field(default_factory=dict)  # of clients who have their own
+    cuts: Mapping[str, int] = field(default_factory=dict)  # of clients who have their own
+    cutter: Cutter | None = None  # where cuts are chosen as it goes
 
 
 @dataclass(frozen=True)
@@ -116,13 +136,32 @@ class Site:
             (self.setup.seed, self.name, *purpose), str(self.model.device),
         )  # fmt: skip
 
+    def private(self) -> Plan:
+        """Batches of its private rows, drawn as ``training.sampling`` says."""
+        training, train = self.setup.training, self.train
+        plan = self.plan(train, "private")
+        if training.sampling == "uniform":
+            return plan
+        return replace(plan, chances=chances(self._losses(len(train)), training.sampling_floor))
+
+    def _losses(self, rows: int) -> Tensor:
+        """The last known loss of each private row; NaN where there is none."""
+        return self.group(LOSSES).get("rows", torch.full((rows,), torch.nan))
+
+    def learnt(self, losses: Mapping[int, float], rows: int) -> None:
+        """Note losses of some of its private rows, by their numbers."""
+        if losses:
+            known = self._losses(rows).clone()
+            known[torch.tensor(list(losses))] = torch.tensor(list(losses.values()))
+            self.keep(LOSSES, {"rows": known})
+
     def fine_tune(
         self, tunables: Group, step: str, first: int | None = None, last: int | None = None,
         penalty: Penalty | None = None, pull: Pull | None = None,
     ) -> Tasked[Trained]:  # fmt: skip
         """This round's epochs over the private rows (a2, b1), or batches first to last - 1."""
         training = self.setup.training
-        plan = self.plan(self.train, "private")
+        plan = self.private()
         per_round = plan.per_pass * training.epochs
         begin = per_round * (self.round - 1) if first is None else first
         keep = training.optimizer_state == "keep"
@@ -136,6 +175,7 @@ class Site:
         )  # fmt: skip
         if keep:
             self.keep("optimizer", result.optimizer)
+        self.learnt(result.rows, len(plan.examples))
         return result
 
     def _objective(self, examples: Examples, step: str) -> Tasked[Objective]:

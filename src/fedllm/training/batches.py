@@ -27,6 +27,7 @@ class Batch:
     targets: classes [rows] or next tokens [selected].  places: index of each target among all
     targets of the Examples, in their order.  tokens: real ones.  row_numbers: in the Examples.
     pairs: of responses, of which one is preferred; 0: there are none.
+    weights: of each unit in the loss; None: all alike.
     """
 
     inputs: Inputs
@@ -35,6 +36,7 @@ class Batch:
     tokens: int
     row_numbers: Sequence[int] = ()
     pairs: int = 0
+    weights: Tensor | None = None
 
     @property
     def rows(self) -> int:

@@ -23,8 +23,10 @@ from fedllm.training.learner import Learner, advance
 from fedllm.training.meter import Member, charged, held_bytes, measures_itself, passing, typical
 from fedllm.training.objectives import Preference, cross_entropy
 from fedllm.training.passes import apart, copies, drawing, given, packs, stack
+from fedllm.training.sampling import of_rows
 
 LOGITS = 1 << 22  # token logits that exist at once at most
+ALL = slice(None)
 
 
 class _Fitting:
@@ -44,6 +46,8 @@ class _Fitting:
         self.left = job.last - job.first
         self.number = 0
         self.seen, self.summed = 0, 0.0
+        self.each: Tensor | None = None  # loss of each unit, where the batch has weights
+        self.rows: dict[int, float] = {}
         self.batch: Batch
         self.error: Exception | None = None
 
@@ -83,6 +87,17 @@ class _Fitting:
             )
         self.summed += loss * self.batch.averaged
         self.seen += self.batch.averaged
+        if self.each is not None:
+            self.rows |= of_rows(self.batch, self.job.plan.examples, self.each)
+
+    def weigh(self, losses: Tensor, units: slice = ALL) -> Tensor:
+        """The losses of these units with the batch's weights; as they are, they are noted."""
+        if self.batch.weights is None:
+            return losses
+        if self.each is None or len(self.each) != self.batch.units:
+            self.each = losses.new_empty(self.batch.units)
+        self.each[units] = losses.detach()
+        return losses * self.batch.weights[units]
 
     @property
     def progress(self) -> float:
@@ -106,7 +121,9 @@ class _Fitting:
             return self.error
         loss = self.summed / max(self.seen, 1)
         learner = self.learner
-        return Trained(learner.values(), learner.state(), loss, self.number, learner.stepped)
+        return Trained(
+            learner.values(), learner.state(), loss, self.number, learner.stepped, self.rows
+        )
 
 
 def fit(jobs: list[Fit]) -> list[Any]:
@@ -193,7 +210,8 @@ def _losses(
                 pack, torch.split(logits, units), torch.split(features, units), strict=True
             )
         )
-    return torch.stack([part.mean() for part in parts])
+    weighed = (fitting.weigh(part) for fitting, part in zip(pack, parts, strict=True))
+    return torch.stack([part.mean() for part in weighed])
 
 
 def _in_chunks(
@@ -217,7 +235,7 @@ def _in_chunks(
             chunk = slice(i, i + size)
             some = part[chunk]
             value = fitting.job.objective(core.scores(some), targets[chunk], places[chunk], some)
-            value = value.sum() / len(part)
+            value = fitting.weigh(value, chunk).sum() / len(part)
             if value.requires_grad:
                 value.backward(retain_graph=True)  # type: ignore[no-untyped-call]
             pieces.append(value.detach())

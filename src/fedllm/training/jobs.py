@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -50,13 +50,19 @@ class Fit:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a stretch of local training gives back.  stepped: sum of the rates of its steps."""
+    """
+    What a stretch of local training gives back.
+
+    stepped: sum of the rates of its steps.  rows: the last loss of each row, by its number, where
+    rows are drawn by their losses.
+    """
 
     values: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     loss: float
     steps: int
     stepped: float = 0.0
+    rows: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -98,13 +104,18 @@ class Half:
 
 @dataclass(eq=False)
 class Forward:
-    """Run a half, keeping the graph. The result is ``Passed``."""
+    """
+    Run a half, keeping the graph. The result is ``Passed``.
+
+    watched: the block of which ``Passed.received`` says what attention each cell received there.
+    """
 
     half: Half
     batch: Batch
     purpose: tuple[object, ...]
     step: str
     kind: str = "train"
+    watched: int | None = None
 
 
 @dataclass(eq=False)
@@ -119,6 +130,7 @@ class Passed:
     waiting: set[int]  # slots of the pass without gradient yet
     slot: int
     slots: int  # of the pass
+    received: Tensor | None = None
 
 
 @dataclass(eq=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ from fedllm.data.examples import Examples
 from fedllm.models.frozen import Known
 from fedllm.streams import stream
 from fedllm.training.batches import Batch, Padding, collate, order
+from fedllm.training.sampling import Chances, weighed
 
 
 def rate_factor(training: ex.Training, progress: float) -> float:
@@ -114,6 +116,12 @@ class Learner:
     def values(self) -> dict[str, Tensor]:
         """The tunables as they are now, detached."""
         return {name: t.detach().to("cpu", copy=True) for name, t in self.params.items()}
+
+    def within(self, names: Iterable[str]) -> Learner:
+        """The same learner as far as these tunables go: values and optimizer are shared."""
+        found = copy.copy(self)
+        found.params = {name: self.params[name] for name in names}
+        return found
 
     def forget(self) -> None:
         """Drop gradients that came."""
@@ -236,6 +244,7 @@ class Plan:
 
     Pass e is shuffled by the stream (purpose, "order", e) alone, so that a resumed or a
     stretched training sees the same batches.  known: hidden states in place of the tokens.
+    chances: of each row to be drawn, over and over (``training.sampling``); None: each once a pass.
     """
 
     examples: Examples
@@ -245,6 +254,7 @@ class Plan:
     purpose: tuple[object, ...]
     device: str = "cpu"
     known: Known | None = None
+    chances: Chances | None = None
 
     @property
     def per_pass(self) -> int:
@@ -254,6 +264,10 @@ class Plan:
     def rows(self, number: int) -> Sequence[list[int]]:
         """Row numbers of each batch of pass ``number``; rows of one case stay together."""
         rng, lengths = stream(*self.purpose, "order", number), self.examples.lengths
+        if self.chances is not None:
+            drawn = rng.choice(len(lengths), len(lengths), p=self.chances)
+            groups = order(lengths[drawn], self.size, self.padding, rng)
+            return [drawn[group].tolist() for group in groups]
         if not len(self.examples.option):
             return order(lengths, self.size, self.padding, rng)
         heads = self.examples.heads
@@ -267,7 +281,8 @@ class Plan:
     def batch(self, rows: Sequence[int]) -> Batch:
         """One batch."""
         pad_to = self.longest if self.padding == "fixed" else None
-        return collate(self.examples, rows, pad_to, self.device, self.known)
+        found = collate(self.examples, rows, pad_to, self.device, self.known)
+        return found if self.chances is None else weighed(found, self.examples, self.chances)
 
     def between(self, first: int, last: int) -> Iterator[Batch]:
         """Batches number ``first`` to ``last`` - 1 of the endless sequence of passes."""

@@ -15,11 +15,11 @@ from fedllm import costs
 from fedllm import experiment as ex
 from fedllm.costs import Blueprint
 from fedllm.errors import FedllmError
+from fedllm.estimates.sizes import Batches, Crowd, Rows, Shape, Sizes
 from fedllm.models.core import Core, Part
 from fedllm.models.flops import written
 from fedllm.models.inputs import Inputs
 from fedllm.models.loading import LanguageModel, calm
-from fedllm.planning.sizes import Batches, Crowd, Rows, Shape, Sizes
 from fedllm.streams import stream
 from fedllm.training.batches import order
 from fedllm.training.fit import LOGITS

@@ -17,8 +17,11 @@ from fedllm import costs, federation
 from fedllm import experiment as ex
 from fedllm.aggregation import OPTIMIZERS, mean
 from fedllm.errors import FedllmError
+from fedllm.estimates import lines
+from fedllm.estimates.estimator import Estimator
 from fedllm.ledger import total
 from fedllm.message import Message, Role
+from fedllm.planning.sizes import sizes
 from fedllm.round import Federation
 from fedllm.strategies.corrections import KEPT, SLOT, controls
 from fedllm.training.cohort import work
@@ -216,6 +219,47 @@ def test_a_resumed_run_has_the_same_state(tmp_path: Path) -> None:
                                      ).read_bytes()  # fmt: skip
 
 
+UNEQUAL: dict[str, Any] = {"ranks": [1, 2, 1], "schedule": {1: 1, 2: 2}}
+
+
+@pytest.mark.parametrize("rule", ["zero-pad", "normalized", "hetlora"])
+def test_a_server_steps_from_what_a_rule_of_unequal_ranks_combined(rule: str) -> None:
+    """Momentum of none is no optimizer; others keep tensors of the rank that the server has."""
+    strategy = {"kind": "parameters", "aggregation": rule, "client": {"kind": "prox", "mu": 0.1}}
+    if rule == "hetlora":
+        strategy["prune"] = 0.5
+    ends = {}
+    for kind, server in (("plain", {}), ("same", {"kind": "momentum", "beta": 0.0}),
+                         ("adam", {"kind": "adam"})):  # fmt: skip
+        mine = {**strategy, "server": server} if server else strategy
+        ends[kind], _ = trained(mine, tunables={"rank": 2, **UNEQUAL}, rounds=3)
+    assert furthest(ends["plain"].shared, ends["same"].shared) < 1e-5
+    assert furthest(ends["plain"].shared, ends["adam"].shared) > 1e-4
+    for name, tensor in ends["adam"].shared.items():
+        for slot in ("m", "v"):
+            assert ends["adam"].optimizer[f"{name}|{slot}"].shape == tensor.shape
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tunables", "codecs"),
+    [
+        ({**SCAFFOLD, "server": {"kind": "adam"}}, {}, {"gradient": "fp16", "parameter": "int8"}),
+        ({"kind": "parameters", "aggregation": "zero-pad", "server": {"kind": "yogi"},
+          "client": {"kind": "prox"}}, UNEQUAL, {"parameter": {"up": "int8"}}),
+    ],
+)  # fmt: skip
+def test_a_plan_knows_the_bytes_of_all_together(
+    strategy: dict[str, Any], tunables: dict[str, Any], codecs: dict[str, Any]
+) -> None:
+    _, built = trained(strategy, tunables={"rank": 2, **tunables}, exchange={"codecs": codecs})
+    spec, data = built.experiment, sizes(built.experiment)
+    line = lines.line(Estimator(spec, data.labels), spec.strategy, data)
+    rows = [r for r in built.ledger.rows if r.step.startswith("a")]
+    for way, foreseen in zip(("up", "down"), line.payload, strict=True):
+        sent = total(rows, "payload_bytes", direction=way) / len(built.worker.sites)
+        assert foreseen == pytest.approx(sent / spec.rounds, rel=0.005)
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
@@ -223,6 +267,15 @@ def test_a_resumed_run_has_the_same_state(tmp_path: Path) -> None:
         ({"training": {"momentum": 0.9}}, "for plain SGD only \\(here momentum = 0.9\\)"),
         ({"exchange": {"minimum_replies": 1}}, "leave exchange.minimum_replies out"),
         ({"strategy": {**SCAFFOLD, "mentor": "builtin#1"}}, "strategy.mentor: its pupil"),
+        ({"tunables": {"ranks": [1, 2]}, "strategy": {**SCAFFOLD, "aggregation": "zero-pad"}},
+         "of one rank; leave tunables.ranks out"),
+        ({"tunables": {"schedule": {1: 1, 2: 2}}}, "of one rank; leave tunables.schedule out"),
+        ({"strategy": {**SCAFFOLD, "aggregation": "hetlora", "prune": 0.5}},
+         "of one rank; leave strategy.prune out"),
+        ({"strategy": {**SCAFFOLD, "aggregation": "flexlora"}}, "another basis in every round"),
+        ({"strategy": {"kind": "parameters", "aggregation": "flexlora",
+                       "server": {"kind": "momentum"}}},
+         "another basis.*expected server.kind = 'average'"),
         ({"strategy": {"kind": "parameters", "client": {"kind": "proxy"}}},
          "strategy.client.kind = \"proxy\".*'prox'"),
         ({"strategy": {"kind": "parameters", "server": {"kind": "adam", "beta": 0.5}}},

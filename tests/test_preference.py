@@ -177,6 +177,7 @@ def test_the_margin_of_held_out_pairs_rises(spec: ex.Experiment, prepared: Prepa
         ({"task": {"kind": "generation"}}, "data.rejected: only with task.kind = 'preference'"),
         ({"task": {"kind": "preference", "response_only": False}}, "task.response_only = false"),
         ({"task": {"kind": "preference", "beta": 0.0}}, "task.beta"),
+        ({"training": {"sampling": "loss"}}, "training.sampling = 'loss': draws row by row"),
         ({"strategy": {"kind": "logits"}}, "strategy.kind = 'logits': preferences are learnt"),
         ({"strategy": {"kind": "activations"}}, "strategy.kind = 'activations': preferences"),
         ({"strategy": {"kind": "parameters", "mentor": "builtin#2"}}, "strategy.mentor"),

@@ -569,7 +569,7 @@ class Activations:
         halves = {cut: self._half(state, cut) for cut in {cuts[client] for client in clients}}
         sent = {c: {**halves[cuts[c]], **(moments or {}).get(c, {})} for c in clients}
         took = ask.gather({
-            client: Message("cc3", "replace", half, of_role(Role.PARAMETER, half))
+            client: Message("cc3", "replace", half, _roles(half))
             for client, half in sent.items()
         })  # fmt: skip
         # others are asked again next time
@@ -833,7 +833,7 @@ class Activations:
             moments = _of(optimizer, set(sent) - self._names(cut))  # of blocks that leave
             site.keep("optimizer", {k: t for k, t in optimizer.items() if k not in moments})
             sent |= moments
-        return Message("cc1", tensors=sent, roles=of_role(Role.PARAMETER, sent))
+        return Message("cc1", tensors=sent, roles=_roles(sent))
 
     def replace(self, site: Site, message: Message) -> Message:
         """cc4: take the averaged half."""
@@ -861,6 +861,16 @@ def _parted(tensors: Mapping[str, Tensor]) -> tuple[Group, Group]:
     """Values of tunables, and what optimizers remember of some."""
     moments = {name: t for name, t in tensors.items() if "|" in name}
     return {name: t for name, t in tensors.items() if name not in moments}, moments
+
+
+def _roles(tensors: Mapping[str, Tensor]) -> dict[str, Role]:
+    """
+    Of values and of what optimizers remember.
+
+    The latter are no parameters, so that no codec makes 0 of what a step is divided by.
+    """
+    values, moments = _parted(tensors)
+    return of_role(Role.PARAMETER, values) | of_role(Role.STATISTIC, moments)
 
 
 def _of(optimizer: Mapping[str, Tensor], names: set[str]) -> Group:

@@ -2,7 +2,7 @@
 Speed of codecs: encode and decode of hidden states, on one core, beside what its memory can do.
 
 100 MB of float32 in rows of 384 (MiniLM's width), a batch as it comes off a model; what costs far
-more than reading its input (low rank, sparse) has 10 MB. Medians of several calls, in seconds of
+more than reading its input, or is a variant, has 4 MB. Medians of several calls, in seconds of
 the core's time, which waiting for other processes is not. The floor is a copy: any decoder writes a
 new tensor of the input's size, and any encoder reads one.
 
@@ -26,10 +26,12 @@ from fedllm.codecs.base import weight
 from fedllm.report.tables import markdown
 
 WIDTH = 384
-LARGE, SMALL = 100_000_000, 10_000_000  # bytes
-SLOW = ["lowrank-8", "energy-90", "topk-10", "topk-1", "random-10", "topk-10+int8",
-        "topk-10+int8+zstd", "topk-10+feedback"]  # fmt: skip
-FAST = [*CODECS, "int8+zstd", "int4+zstd", "int8+feedback"]
+LARGE, SMALL = 100_000_000, 4_000_000  # bytes
+FAST = ["fp16", "bf16", "int8", "int8-tensor", "int8-channel", "int4", "int8-stochastic",
+        "sign"]  # fmt: skip
+SLOW = [*(name for name in CODECS if name not in ("none", *FAST)), "int8+zstd", "topk-10", "topk-1",
+        "random-10", "topk-10+int8", "topk-10+int8+zstd", "topk-10+feedback", "lowrank-8",
+        "energy-90"]  # fmt: skip
 
 
 def seconds(call: Callable[[], object], times: int) -> float:

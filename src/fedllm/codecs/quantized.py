@@ -13,7 +13,7 @@ from fedllm.codecs.base import Codec, Layout, Parts, Shape, State, read, written
 from fedllm.errors import FedllmError
 from fedllm.streams import generator
 
-BLOCK = 2**16  # numbers of a block: as many as stay in the cache from its range to its levels
+BLOCK = 2**18  # numbers of a block, 1 MB: they stay in the cache from their range to their levels
 Along = Literal["row", "tensor", "channel"]
 
 

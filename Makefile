@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench study paper knowledge results clean
+.PHONY: demo test lint bench study paper knowledge unequal results clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +39,11 @@ knowledge: $(STAMP)
 	  $(BIN)/fedllm sweep experiments/knowledge/$$grid.toml --out runs/knowledge/$$grid --jobs 2 --resume \
 	  && $(BIN)/python scripts/knowledge.py runs/knowledge docs/knowledge-study || exit 1; done
 	$(BIN)/python scripts/mutual.py runs/mutual docs/mutual
+
+unequal: $(STAMP)
+	for grid in rules schedule; do \
+	  $(BIN)/fedllm sweep experiments/unequal/$$grid.toml --out runs/unequal/$$grid --jobs 2 --resume \
+	  || exit 1; done
 
 results: $(STAMP)
 	$(BIN)/fedllm compare experiments/banking77-minilm.toml --out runs/banking77-minilm --resume

@@ -25,10 +25,10 @@ import torch
 from fedllm import experiment as ex
 from fedllm import federation, round
 from fedllm.checkpoint import Committed
+from fedllm.estimates.lines import Line
 from fedllm.federation import Silent
 from fedllm.ledger import Ledger
 from fedllm.planning import plan
-from fedllm.planning.lines import Line
 from fedllm.report.tables import amount, markdown, size
 from fedllm.summary import costs, per_client_round
 

@@ -45,6 +45,7 @@ Rules between keys:
 - `plan.sites` count as many clients as `simulation.clients`.
 - `exchange.clients_per_round` is at most `simulation.clients`.
 - `data.prompt` and `data.response` go together; multiple choice needs `data.options`, too.
+- Preference needs `data.prompt`, `data.response` and `data.rejected`, and no public set.
 - `evaluation.rouge_examples` needs prompt and response of a generation.
 - `tunables.head` other than `shared` is for classification only.
 - `seeds` holds no seed twice.
@@ -72,13 +73,15 @@ MEANING = {
     "model.precision": "of the passes; the rest is float32",
     "model.quantization": "of the frozen base; `nf4` needs the extra `fedllm[qlora]`",
     "task.kind": "what is learnt",
+    "task.beta": "of DPO: how dear it is to leave the reference (preference)",
     "task.chat_template": "the prompt is one user turn of the tokenizer's chat template",
     "task.response_only": "false: tokens of the prompt are predicted, too (prompt and response)",
     "data.text": "column of the text",
     "data.label": "column of the label",
-    "data.prompt": "column of the prompt (generation) or question (multiple choice)",
-    "data.response": "column of the response (generation); multiple choice: of what names the "
-                     "right option",
+    "data.prompt": "column of the prompt (generation, preference) or question (multiple choice)",
+    "data.response": "column of the response (generation) or of the better one (preference); "
+                     "multiple choice: of what names the right option",
+    "data.rejected": "column of the worse response (preference)",
     "data.options": "column of the options: a list, or its JSON (multiple choice)",
     "data.option_pattern": "the options are all matches of this regular expression in their column "
                            "(of its group, where it has one)",
@@ -99,7 +102,11 @@ MEANING = {
     "public.labelled": "the public set's labels (generation: its tokens) are used as targets, too",
     "public.ship": "the server sends the set to each client once (step b0), counted; false: "
                    "clients have it beforehand",
-    "lora.rank": "rank of the update",
+    "lora.rank": "rank of the update; of several the largest",
+    "lora.ranks": "ranks of the clients, taken in turn, or a table of clients' names and ranks",
+    "lora.schedule": "the highest rank from which round on, e.g. `{ 1 = 2, 4 = 8 }`; it grows "
+                     "without changing a logit, and shrinks to the best approximation",
+    "lora.freeze_a": "only the second matrix is trained and sent",
     "lora.alpha": "the update is scaled by alpha / rank",
     "lora.dropout": "dropout before the update's first matrix",
     "lora.targets": "names of the layers; empty: `c_attn` (GPT-2), `q_proj`, `v_proj` (Llama "
@@ -114,7 +121,7 @@ MEANING = {
     "prefix.tokens": "number of learnt keys and values; they count against the model's longest "
                      "input",
     "training.epochs": "passes over a client's rows in each round",
-    "training.batch_size": "rows in a batch",
+    "training.batch_size": "rows in a batch (preference: pairs)",
     "training.optimizer": "torch's optimizer of that name",
     "training.rate": "learning rate",
     "training.momentum": "of `sgd`",
@@ -130,11 +137,40 @@ MEANING = {
     "training.padding": "`bucket`: rows of similar length meet in a batch; `longest`: random "
                         "batches, padded to their longest row; `fixed`: padded to the longest "
                         "example allowed",
+    "training.sampling": "`uniform`: each private row once a pass; `loss`: as many draws, by the "
+    "rows' last known losses",
+    "training.sampling_floor": "`loss`: share of the draws that is even; no row weighs more than 1 "
+    "/ this",
     "parameters.payload": "clients send their tunables, or the difference from what they got "
     "(`delta`); `change`: that, and the server sends what changed since the first values",
+    "parameters.server": "what the server makes of the clients' mean change",
+    "parameters.client": "what keeps a client near the others while it trains",
+    "momentum.rate": "of the server's step",
+    "momentum.beta": "share of the last step that is kept",
+    "adagrad.rate": "of the server's step; each number moves by about this much a round",
+    "adagrad.beta1": "share of the last step that is kept",
+    "adagrad.tau": "changes much smaller than this move less",
+    "yogi.rate": "as for `adagrad`",
+    "yogi.beta1": "as for `adagrad`",
+    "yogi.beta2": "how slowly the measure of what changes are usual follows",
+    "yogi.tau": "as for `adagrad`",
+    "adam.rate": "as for `adagrad`",
+    "adam.beta1": "as for `adagrad`",
+    "adam.beta2": "as for `yogi`",
+    "adam.tau": "as for `adagrad`",
+    "prox.mu": "weight of the distance; 0 is `plain`. With SGD it must stay well below "
+    "2 / `training.rate`, or steps overshoot",
     "parameters.mentor": "a larger model that each client keeps for itself: it and the common one "
     "teach each other (FedKD)",
-    "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted tokens)",
+    "parameters.aggregation": "`mean` weights clients by their rows (generation: predicted tokens, "
+    "preference: pairs); the last four are for LoRA of different ranks",
+    "parameters.balance": "as below; without it clients count by their rows alone",
+    "parameters.prune": "share of its rank that a client keeps once the rest has become less in "
+    "training; without it nobody prunes",
+    "parameters.prune_penalty": "weight in the loss of what is to go: the product of its two norms",
+    "balance.temperature": "smaller is stricter",
+    "balance.floor": "least factor",
+    "balance.cap": "largest factor",
     "logits.form": "what is said of each public unit: `logits`, `labels` (softmax at "
     "`temperature`), `top-k`, `statistics` (the likeliest output and its probability), "
     "`features` (the hidden state that the head reads)",
@@ -162,13 +198,19 @@ MEANING = {
     "logits.epochs": "passes over the round's public rows, at the server and at each client",
     "logits.batch_size": "rows in a batch of distillation; without it `training.batch_size`",
     "logits.rate": "rate of distillation; without it `training.rate`",
-    "activations.cut": "blocks at the client",
+    "activations.cut": "blocks at the client; a list: of the clients in turn; a table: by their "
+    "names, who is not in it has half; `auto`: chosen for each client by `[plan]`",
+    "activations.recut": "`auto`: change of a machine's or link's speed, as a share of it, above "
+    "which cuts are chosen anew for the next round",
     "activations.server": "one server half, client after client; one for each client, averaged "
                           "every round; or one step on all clients' batches together",
     "activations.turn": "`sequential` only: clients take turns after a batch, or after all "
                         "batches of their round",
     "activations.labels": "where the labels, the head and the loss are",
     "activations.average_every": "batches of a client between two averages of the client halves",
+    "activations.keep_tokens": "share of a row's tokens that crosses; 1: all",
+    "activations.keep_by": "`attention`: those that the client's last block attends to most; "
+    "`random`: any",
     "standalone.steps": "optimizer steps of each client over the whole run, in order of names",
     "standalone.public": "one model, trained on the labelled public set",
     "exchange.clients_per_round": "clients drawn each round; without it all",
@@ -180,9 +222,9 @@ MEANING = {
     "each message is a process of its own at the site (parameters and logits; slower, one port)",
     "exchange.deadline": "seconds for the answers of one step; who is later is left out of it, and "
                          "what still comes is counted and dropped. In one process nobody is late",
-    "exchange.codecs": "codec by role, e.g. `{ activation = \"fp16\" }`: `none`, `fp16`, `int8` "
-    "(256 steps in a row's range), `lowrank-16` (a matrix of rank 16), `energy-95` (the least rank "
-    "with 95 % of a matrix's energy); `energy-95-98` rises from the first round to the last",
+    "exchange.codecs": "codec by role, e.g. `{ activation = \"int8\" }`, or a table of codecs by "
+    "tensors' names and ways, e.g. `{ parameter = { up = \"topk-10+int8+feedback\" } }`: "
+    "[small messages](small-messages.md)",
     "evaluation.every": "rounds between evaluations; 0: only after the last",
     "evaluation.batch_size": "rows in a batch of evaluation and of public logits",
     "evaluation.on": "which held-out rows",
@@ -229,6 +271,9 @@ MEANING = {
     "plan.sites.memory": "bytes of memory; without it memory is no limit",
     "plan.sites.up": "bytes a second to the server",
     "plan.sites.down": "bytes a second from the server",
+    "plan.sites.speed": "`cut = \"auto\"`: factor of `flops` in each round, the last for all "
+    "after it; empty: 1",
+    "plan.sites.bandwidth": "the same of `up` and `down`",
     "plan.sites.latency": "seconds on the way of every message, each way",
     "plan.server.flops": "operations a second in training",
     "plan.server.memory": "bytes of memory; without it memory is no limit",
@@ -333,6 +378,14 @@ def _kinds(title: str, options: list[type[BaseModel]], level: str) -> Iterator[s
         yield f'{level} {title} kind = "{kind}"'
         yield f"\n{_prose(model)}\n"
         yield from _table(model, f"{kind}.", ("kind",))
+        for key, field in model.model_fields.items():
+            inner = _options(field.annotation)
+            if len(inner) > 1:
+                yield from _kinds(f"{title.removesuffix(']')}.{key}]", inner, f"{level}#")
+            elif inner:
+                yield f"{level}# [{title.strip('[]')}.{key}]"
+                yield f"\n{_prose(inner[0])}\n"
+                yield from _table(inner[0], f"{key}.")
 
 
 def page() -> str:

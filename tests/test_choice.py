@@ -336,8 +336,8 @@ def test_counts_of_labels_are_for_classes_and_for_sites_that_allow_them() -> Non
 
 
 def test_the_plan_knows_of_the_histogram_and_of_the_servers_look() -> None:
-    from fedllm.planning import lines
-    from fedllm.planning.estimator import Estimator
+    from fedllm.estimates import lines
+    from fedllm.estimates.estimator import Estimator
     from fedllm.planning.sizes import sizes
 
     data = sizes(pruned("random"))

@@ -26,7 +26,8 @@ PAGES = sorted(
                  ("README", "CONTRIBUTING", "CHANGELOG"))]
     if page.exists()
 )  # fmt: skip
-TARGETS = {"demo", "test", "lint", "bench", "study", "paper", "knowledge", "results"}
+TARGETS = {"demo", "test", "lint", "bench", "study", "paper", "knowledge", "unequal",
+           "results"}  # fmt: skip
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 

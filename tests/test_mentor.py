@@ -102,11 +102,11 @@ def test_the_mentor_stays_and_the_update_keeps_its_energy(monkeypatch: pytest.Mo
     inner = exchange.encode
 
     def noted(message: Message, *rest: Any) -> Any:
-        frame, wire, used = inner(message, *rest)
+        frame, wire, used, kept = inner(message, *rest)
         for name in used:
             found = exchange.decode(frame, codecs)[0].tensors[name]
             before.append((message.round, message.tensors[name], found))
-        return frame, wire, used
+        return frame, wire, used, kept
 
     monkeypatch.setattr(exchange, "encode", noted)
     built, done, ear = overheard(fedkd(exchange={"codecs": codecs}))

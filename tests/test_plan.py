@@ -22,15 +22,17 @@ from fedllm import experiment as ex
 from fedllm.cli import app
 from fedllm.costs import Blueprint, PublicSize
 from fedllm.errors import FedllmError
+from fedllm.estimates import lines
+from fedllm.estimates.estimator import Estimator
+from fedllm.estimates.lines import Line
+from fedllm.estimates.sizes import Rows
 from fedllm.federation import Silent
 from fedllm.ledger import Ledger
 from fedllm.models.flops import count
 from fedllm.models.loading import load, load_config
-from fedllm.planning import advise, lines, plan, show
+from fedllm.planning import advise, plan, show
 from fedllm.planning.advise import Choice, Limits
-from fedllm.planning.estimator import Estimator
-from fedllm.planning.lines import Line
-from fedllm.planning.sizes import Rows, sizes
+from fedllm.planning.sizes import sizes
 from fedllm.summary import costs as measured
 from fedllm.summary import per_client_round
 from shared import model as shared_model
@@ -95,6 +97,11 @@ MUTUAL: dict[str, Any] = {
 }  # fmt: skip
 
 
+SCAFFOLD: dict[str, Any] = {
+    "kind": "parameters", "client": {"kind": "scaffold"}, "server": {"kind": "adam"},
+}  # fmt: skip
+
+
 FEATURES: dict[str, Any] = {"kind": "logits", "form": "features", "loss": "mse"}
 
 
@@ -123,6 +130,7 @@ def hold(spec: ex.Experiment) -> None:
         pytest.param(GPT2, "classification", STRATEGIES[4], id="builtin-4"),
         pytest.param(GPT2, "generation", MUTUAL, id="builtin-knowledge"),
         pytest.param(GPT2, "classification", FEATURES, id="builtin-features"),
+        pytest.param(GPT2, "classification", SCAFFOLD, id="builtin-scaffold"),
         pytest.param(GPT2, "classification", {"kind": "logits", "clusters": 2},
                      id="builtin-clusters"),
     ],
@@ -142,7 +150,7 @@ def test_a_plan_of_a_random_gpt2(
     random_gpt2: str, task: str, strategy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with logits that are made chunk by chunk."""
-    for module in ("planning.estimator", "training.fit"):
+    for module in ("estimates.estimator", "training.fit"):
         monkeypatch.setattr(f"fedllm.{module}.LOGITS", 20_000)
     model = {"weights": "random", "tokenizer": "builtin"}
     hold(experiment(random_gpt2, task, strategy=strategy, evaluation={"every": 0}, model=model))
@@ -164,6 +172,11 @@ def test_a_plan_of_every_kind_of_tunables(
     training = {"optimizer": "adam", "epochs": 2}
     hold(experiment(GPT2, rounds=2, tunables=tunables, strategy=strategy, training=training,
                     evaluation={"every": 0}))  # fmt: skip
+
+
+def test_a_plan_of_several_cuts() -> None:
+    strategy = {"kind": "activations", "cut": [1, 3, 2], "server": "per-client"}
+    hold(experiment(GPT2, strategy=strategy, evaluation={"every": 0}))
 
 
 def test_a_public_set_too_large_to_remember_is_run_anew() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedllm import experiment as ex
-from fedllm.across import Called, hosted, order_of, server_says
+from fedllm.across import Called, agree_on_names, hosted, order_of, server_says
 from fedllm.errors import FedllmError, Refusal
 from fedllm.exchange import encode
 from fedllm.flower import Caller, _carried, discreet
@@ -53,6 +53,20 @@ def test_only_a_simulation_reads_other_rows(sites: Sites) -> None:
     strategy = ex.Logits(client_models=("builtin",))
     with pytest.raises(FedllmError, match="client_models: sites have no turn"):
         half(sites, strategy=strategy)
+
+
+@pytest.mark.parametrize(("cut", "said"), [
+    ((1, 2), r"strategy.cut: sites have no turn; .* \{ bank-a = 2 \}"),
+    ("auto", r"strategy.cut = 'auto': .* only a simulation has"),
+])  # fmt: skip
+def test_cuts_go_by_the_names_of_sites(sites: Sites, cut: Any, said: str) -> None:
+    with pytest.raises(FedllmError, match=said):
+        half(sites, strategy=ex.Activations(cut=cut))
+    assert half(sites, strategy=ex.Activations(cut={"client-1": 1, "client-2": 3})).rows[0]
+    with pytest.raises(FedllmError, match=r"strategy.cut.klient-1: no such .*'client-1'"):
+        agree_on_names(
+            sites.spec.replace(strategy=ex.Activations(cut={"klient-1": 1})), sites.names
+        )
 
 
 @needs_shared

@@ -16,7 +16,13 @@ from itertools import groupby, pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from fedllm import experiment as ex
+from fedllm.codecs import Codecs, chosen, codec
+from fedllm.codecs.base import Shape, weight
+from fedllm.flat import Ints
+from fedllm.lora import shape_at
 from fedllm.message import Fact, Message, pack
 from fedllm.models.core import Core, Part
 from fedllm.models.flops import FlopCounter, count
@@ -25,9 +31,10 @@ from fedllm.models.tunables import blocks_of
 
 FLOAT = 4
 INT = 4
-SHARE = {"none": 1.0, "fp16": 0.5}  # bytes behind a codec, of those before it
 Roles = dict[str, int]
 """Bytes by the role of a tensor."""
+Shapes = Mapping[str, Mapping[str, Shape]]
+"""Of the tensors of one frame: by role, by name."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,19 @@ class PublicSize:
     units: int
 
 
-def tunable_bytes(model: LanguageModel, names: Sequence[str] | None = None) -> int:
-    """Bytes of the tunables (4 per number), of all or of these."""
-    wanted = model.initial if names is None else {n: model.initial[n] for n in names}
-    return sum(t.numel() * FLOAT for t in wanted.values())
+def tunable_bytes(
+    model: LanguageModel, names: Sequence[str] | None = None, rank: int | None = None
+) -> int:
+    """Bytes of the tunables (4 per number), of all or of these; rank: of LoRA, if another."""
+    return sum(math.prod(shape) * FLOAT for shape in shapes(model, names, rank).values())
+
+
+def shapes(
+    model: LanguageModel, names: Sequence[str] | None = None, rank: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Of the tunables, as for ``tunable_bytes``."""
+    found = {n: tuple(model.initial[n].shape) for n in (model.initial if names is None else names)}
+    return found if rank is None else {n: shape_at(n, s, rank) for n, s in found.items()}
 
 
 def travelling(model: LanguageModel) -> list[str]:
@@ -64,9 +80,24 @@ def travelling(model: LanguageModel) -> list[str]:
     return list(model.initial)
 
 
-def parameters_payload(model: LanguageModel) -> tuple[int, int]:
-    """(up, down) of one client and round: the tunables, once each way."""
-    size = tunable_bytes(model, travelling(model))
+def parameters_roles(
+    model: LanguageModel, spec: ex.Parameters | None = None, rank: int | None = None
+) -> Roles:
+    """
+    Bytes each way, by role: the tunables, and as many control variates under SCAFFOLD.
+
+    rank: of LoRA, if another.
+    """
+    size = tunable_bytes(model, travelling(model), rank)
+    scaffold = spec is not None and isinstance(spec.client, ex.Scaffold)
+    return {"parameter": size} | ({"gradient": size} if scaffold else {})
+
+
+def parameters_payload(
+    model: LanguageModel, spec: ex.Parameters | None = None, rank: int | None = None
+) -> tuple[int, int]:
+    """(up, down) of one client and round: the same each way; as for ``parameters_roles``."""
+    size = sum(parameters_roles(model, spec, rank).values())
     return size, size
 
 
@@ -86,6 +117,14 @@ def knowledge_shapes(
     found = forms[spec.form]
     if spec.knowledge in ("loss", "least-loss"):
         found["loss"] = ((public.rows,), "statistic")
+    return found
+
+
+def by_role(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, dict[str, Shape]]:
+    """Shapes and roles by name -> shapes by role and name."""
+    found: dict[str, dict[str, Shape]] = {}
+    for name, (shape, role) in shapes.items():
+        found.setdefault(role, {})[name] = shape
     return found
 
 
@@ -118,6 +157,7 @@ def activations_payload(
     (up, down): width floats a token each way (twice each way with labels at the client),
     lengths and labels up, and the client half's tunables for each average.
 
+    client: its tokens are those that cross (``kept``), each with its place where some do not.
     client_half: bytes of the client's tunables.  averages: how often they are averaged a round.
     uploads: how many of these this client had a batch for (None: all).
     """
@@ -144,6 +184,7 @@ def activations_roles(
         "activation": hidden, "gradient": hidden if home else 0,
         "mask": client.rows * epochs * INT, "label": 0 if home else per_pass * epochs * INT,
         "parameter": (averages if uploads is None else uploads) * client_half,
+        "index": tokens * INT if options.keep_tokens < 1 else 0,
     }  # fmt: skip
     down = {
         "activation": hidden if home else 0, "gradient": hidden,
@@ -152,25 +193,59 @@ def activations_roles(
     return up, down
 
 
-def coded(roles: Roles, codecs: Mapping[str, str]) -> int:
-    """Bytes of these roles behind the codecs; one that is not known here is taken for none."""
-    return round(sum(n * SHARE.get(codecs.get(role, "none"), 1.0) for role, n in roles.items()))
+def kept(lengths: Ints, share: float) -> Ints:
+    """How many tokens of rows of these lengths cross (``strategy.keep_tokens``)."""
+    return np.ceil(lengths * share - 1e-9).astype(np.int64)
+
+
+def share(codecs: Codecs, role: str, shapes: Mapping[str, Shape], way: str) -> float:
+    """
+    Bytes of tensors of this role behind their codecs, of those before (4 a number).
+
+    Where the data decides, the most that it can be; a codec that changes over the rounds is taken
+    half-way.
+    """
+    before = behind = 0
+    for name, shape in shapes.items():
+        used = chosen(codecs, role, name, way)
+        dense = math.prod(shape) * FLOAT
+        before += dense
+        behind += dense if used == "none" else weight(codec(used, 0.5).layout(shape))
+    return behind / before if before else 1.0
+
+
+LARGE: Shape = (1000, 1000)  # for a tensor that nobody knows the shape of
+
+
+def coded(roles: Roles, codecs: Codecs, shapes: Shapes | None = None, way: str = "up") -> int:
+    """Bytes of these roles behind the codecs; shapes: of the tensors that these bytes are."""
+    known = shapes or {}
+    return round(
+        sum(n * share(codecs, r, known.get(r, {"": LARGE}), way) for r, n in roles.items())
+    )
+
+
+def inexact(codecs: Codecs) -> list[str]:
+    """Those of these codecs whose bytes depend on the data."""
+    named = {n for v in codecs.values() for n in ([v] if isinstance(v, str) else v.values())}
+    return sorted(name for name in named if not codec(name).exact)
 
 
 def header(
-    sent: Mapping[str, Sequence[int]], role: str = "", step: str = "a1", task: str = "",
-    facts: dict[str, Fact] | None = None, run: str = "", client: str = "",
+    sent: Mapping[str, Sequence[int]], role: str | Mapping[str, str] = "", step: str = "a1",
+    task: str = "", facts: dict[str, Fact] | None = None, run: str = "", client: str = "",
 ) -> int:  # fmt: skip
     """
     Bytes of a frame that are no tensor data: names, shapes and facts, and who speaks.
 
-    sent: shapes of four-byte tensors by name, all of one role.
+    sent: shapes of four-byte tensors by name, all of one role, or each of its own.
     """
     message = Message(
         step, task, {}, {}, facts or {}, client, "1.1.10", 1, run, 1, "0" * 16
     )  # fmt: skip
     bare = len(pack(message))
-    roles = sum(len(f'"{name}":"{role}",') for name in sent) - bool(sent)
+    of = dict.fromkeys(sent, role) if isinstance(role, str) else role
+    roles = sum(len(f'"{name}":"{of[name]}",') for name in sent) - bool(sent)
     shapes, end = 0, 0
     for name, shape in sent.items():
         begin, end = end, end + math.prod(shape) * FLOAT
@@ -183,21 +258,26 @@ def header(
 
 
 def break_even(
-    model: LanguageModel, tokens: float = 1.0, codecs: Mapping[str, str] | None = None,
-    spec: ex.Logits | None = None,
+    model: LanguageModel, tokens: float = 1.0, codecs: Codecs | None = None,
+    spec: ex.Logits | None = None, sent: ex.Parameters | None = None,
 ) -> float:  # fmt: skip
     """
     Public rows a round below which logits send less than parameters, both directions together.
 
-    Units of ``tokens`` predicted positions a row (classification: 1), each side behind its codec.
-    The head is included, where it travels.  spec: the form of what is said; none: all logits.
+    Units of ``tokens`` predicted positions a row (classification: 1), each side behind its codec,
+    that of logits as of a thousand units. The head is included, where it travels.  spec: the form
+    of what is said; none: all logits.  sent: how parameters are trained; none: plainly.
     """
-    share = {role: SHARE.get(codec, 1.0) for role, codec in (codecs or {}).items()}
-    said = knowledge_roles(spec or ex.Logits(), PublicSize(1, 1, 1), model)
+    taught, used = spec or ex.Logits(), codecs or {}
+    said = knowledge_roles(taught, PublicSize(1, 1, 1), model)
     lost = said.pop("statistic", 0)
-    unit = sum(size * share.get(role, 1.0) for role, size in said.items())
-    row = 2 * (tokens * unit + lost) + 2 * INT
-    return sum(parameters_payload(model)) * share.get("parameter", 1.0) / row
+    many = by_role(knowledge_shapes(taught, PublicSize(1000, 1000, 1000), model))
+    unit = sum(size * share(used, role, many[role], way) for role, size in said.items()
+               for way in ex.WAYS)  # fmt: skip
+    row = tokens * unit + 2 * lost + 2 * INT
+    mine = shapes(model, travelling(model))  # of control variates, too
+    paid = parameters_roles(model, sent).items()
+    return sum(size * share(used, role, mine, way) for role, size in paid for way in ex.WAYS) / row
 
 
 def batches(rows: int, size: int) -> int:
@@ -213,7 +293,11 @@ def bound_steps(client: ClientSize, training: ex.Training, rounds: int) -> int:
 def disk(model: LanguageModel, spec: ex.Strategy, clients: int) -> int:
     """Bytes of a run folder, roughly: two checkpoints of all states, the adapter, the ledger."""
     own = tunable_bytes(model)
-    kept = {"parameters": 1, "logits": clients + 1, "activations": 3 + clients,
+    common = 1
+    if isinstance(spec, ex.Parameters):
+        common += {"average": 0, "momentum": 1}.get(spec.server.kind, 2)
+        common += 1 + clients if isinstance(spec.client, ex.Scaffold) else 0
+    kept = {"parameters": common, "logits": clients + 1, "activations": 3 + clients,
             "standalone": 3 * clients, "centralized": 3}[spec.kind]  # fmt: skip
     return 2 * kept * own + own + 200_000
 

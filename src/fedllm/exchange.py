@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fedllm.codecs import Codecs, chosen
 from fedllm.codecs import codec as codec_of
-from fedllm.codecs.base import MOST
+from fedllm.codecs.base import MOST, State
 from fedllm.errors import FedllmError
 from fedllm.ledger import Ledger, Row
-from fedllm.message import Failure, Frame, Message, pack, payload_bytes, unpack
+from fedllm.message import Failure, Frame, Message, pack, unpack
 from fedllm.training.meter import Listen, Measured, Meter, costs_of
 from fedllm.transport import Transport
 
@@ -29,38 +30,46 @@ FAILED = "failed"
 
 
 def encode(
-    message: Message, codecs: Mapping[str, str], rounds: int = 1
-) -> tuple[bytes, Message, dict[str, str]]:
+    message: Message, codecs: Codecs, rounds: int = 1, way: str = "up", seed: int = 0,
+    memory: Mapping[str, State] | None = None,
+) -> tuple[bytes, Message, dict[str, str], dict[str, State]]:  # fmt: skip
     """
-    Message -> (frame, the message as it travels, codecs by tensor).
+    Message -> (frame, the message as it travels, codecs by tensor, what codecs will remember).
 
-    Each tensor goes through the codec of its role, which may change over the run's ``rounds``.
+    Each tensor goes through the codec of its role and name, which may change over the run's
+    ``rounds``. What is drawn comes from a stream of seed, round, client, way, the message's number
+    in its round, and name. memory: what codecs kept of the last tensors of these names.
     """
     progress = min(max(message.round - 1, 0) / max(rounds - 1, 1), 1.0)
-    tensors, roles, used = {}, {}, {}
+    tensors, roles, used, kept = {}, {}, {}, {}
+    number = message.id.rpartition(".")[2]
     for name, tensor in message.tensors.items():
         role = message.roles[name]
-        codec = codecs.get(role.value, "none")
+        codec = chosen(codecs, role.value, name, way)
         if codec == "none" or not tensor.is_floating_point():
             tensors[name], roles[name] = tensor, role
             continue
-        _, parts = codec_of(codec, progress).encode({}, tensor)
+        purpose = ("codec", seed, message.round, message.client, way, number, name)
+        before = (memory or {}).get(name, {})
+        state, parts = codec_of(codec, progress).encode(before, tensor, purpose)
+        if state:
+            kept[name] = state
         for part, value in parts.items():
             tensors[f"{name}//{part}"] = value
             roles[f"{name}//{part}"] = role
         used[name] = codec
     wire = replace(message, tensors=tensors, roles=roles)
-    return pack(wire, used), wire, used
+    return pack(wire, used), wire, used, kept
 
 
 def decode(
-    frame: Frame, codecs: Mapping[str, str]
-) -> tuple[Message, Message, dict[str, str]]:  # fmt: skip
+    frame: Frame, codecs: Codecs, way: str = "up"
+) -> tuple[Message, Message, dict[str, str]]:
     """
     Frame -> (message, the message as it travelled, codecs by tensor).
 
-    Raises FedllmError for what is damaged, and for another codec than its role's: whoever sends
-    does not choose what is computed here.
+    Raises FedllmError for what is damaged, and for another codec than that of its role and name:
+    whoever sends does not choose what is computed here.
     """
     wire, used = unpack(frame)
     tensors = {n: t for n, t in wire.tensors.items() if "//" not in n}
@@ -70,10 +79,11 @@ def decode(
             n.rpartition("//")[2]: t for n, t in wire.tensors.items() if n.startswith(f"{name}//")
         }
         for role in {r.value for n, r in wire.roles.items() if n.startswith(f"{name}//")}:
-            if codec != codecs.get(role):
+            wanted = chosen(codecs, role, name, way)
+            if codec != wanted:
                 raise FedllmError(
                     f"frame: {name!r} came with codec {codec!r}; exchange.codecs gives role "
-                    f"{role!r} {codecs.get(role, 'none')!r}"
+                    f"{role!r} {wanted!r}"
                 )
         try:
             tensors[name] = codec_of(codec).decode(parts)
@@ -81,7 +91,7 @@ def decode(
             raise FedllmError(f"frame: {name!r}: {error}") from None
         except KeyError as error:
             raise FedllmError(f"frame: codec {codec!r} of {name!r} lacks part {error}") from None
-        except (RuntimeError, ValueError, IndexError) as error:  # parts that do not fit together
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # they do not fit
             raise FedllmError(f"frame: codec {codec!r} of {name!r}: {error}") from None
         roles[name] = next(r for n, r in wire.roles.items() if n.startswith(f"{name}//"))
         if sum(tensors[n].numel() for n in used if n in tensors) > MOST:
@@ -145,18 +155,18 @@ class Exchange:
 
     def __init__(
         self, transport: Transport, ledger: Ledger, run: str, base: str,
-        codecs: Mapping[str, str] | None = None, minimum: int | None = None,
+        codecs: Codecs | None = None, minimum: int | None = None,
         listen: Listen | None = None, measured: Measured | None = None,
         clock: Callable[[], float] = time.perf_counter, deadline: float | None = None,
-        tell: Callable[[str], None] | None = None, rounds: int = 1,
+        tell: Callable[[str], None] | None = None, rounds: int = 1, seed: int = 0,
     ) -> None:  # fmt: skip
         """
         minimum: replies without which a step fails (None: all).  listen: (step, client, rows)
         for a progress line.  clock: seconds of the server's own work.  deadline: seconds for the
-        answers of one step.  tell: hears of every failure.  rounds: of the run.
+        answers of one step.  tell: hears of every failure.  rounds, seed: of the run.
         """
         self.transport, self.ledger, self.run, self.base = transport, ledger, run, base
-        self.codecs, self.rounds = dict(codecs or {}), rounds
+        self.codecs, self.rounds, self.seed = dict(codecs or {}), rounds, seed
         self.minimum = minimum
         self.listen = listen or (lambda step, client, rows: None)
         self.deadline, self.tell = deadline, tell or (lambda text: None)
@@ -172,15 +182,21 @@ class Exchange:
         self.ledger.rollback()
         self.meter.take()
 
+    def clients(self) -> Sequence[str]:
+        """Everybody, whether asked in this round or not."""
+        return self.transport.clients()
+
     def close(self) -> None:
         """Write down what the server computed in this round."""
         self._costs("server", self.meter.take(), 1)
 
     def ask(
-        self, requests: Mapping[str, Message], want: Want = ANYTHING
+        self, requests: Mapping[str, Message], want: Want | Mapping[str, Want] = ANYTHING
     ) -> Iterator[tuple[str, Message | Failure]]:
         """
         Send one request to each client; yield (client, reply or failure) as they come.
+
+        want: of all replies, or of each client's.
 
         A reply with NaN or infinity, of another run, round or client, or without what is wanted is
         a Failure.
@@ -192,7 +208,7 @@ class Exchange:
             yield from self._ask(part, len(requests), want)
 
     def _ask(
-        self, requests: Mapping[str, Message], cohort: int, want: Want
+        self, requests: Mapping[str, Message], cohort: int, want: Want | Mapping[str, Want]
     ) -> Iterator[tuple[str, Message | Failure]]:
         waiting: dict[str, tuple[str, Message]] = {}
         for client, request in requests.items():
@@ -203,7 +219,7 @@ class Exchange:
             )  # fmt: skip
             # what is evaluated is the model itself, not what a codec makes of it
             codecs = {} if message.task == "evaluate" else self.codecs
-            frame, wire, used = encode(message, codecs, self.rounds)
+            frame, wire, used, _ = encode(message, codecs, self.rounds, "down", self.seed)
             self._frame(len(frame), wire, used, client, "down", cohort)
             self.listen(message.step, client, 0)
             waiting[self.transport.post(client, frame)] = (client, message)
@@ -216,7 +232,8 @@ class Exchange:
                     continue
                 client, message = waiting.pop(id)
                 reply = self._receive(answer, message, cohort)
-                if isinstance(reply, Message) and (wrong := want.misfit(reply)):
+                wanted = want if isinstance(want, Want) else want[client]
+                if isinstance(reply, Message) and (wrong := wanted.misfit(reply)):
                     reply = Failure(client, message.step, wrong)
                 yield client, self._counted(reply, client)
                 if not waiting:
@@ -248,7 +265,9 @@ class Exchange:
                     frames=1, reason="came after the deadline")
             )  # fmt: skip
 
-    def gather(self, requests: Mapping[str, Message], want: Want = ANYTHING) -> dict[str, Message]:
+    def gather(
+        self, requests: Mapping[str, Message], want: Want | Mapping[str, Want] = ANYTHING
+    ) -> dict[str, Message]:
         """
         ``ask``, and wait for all: the good replies in the order of the clients' names.
 
@@ -305,31 +324,26 @@ class Exchange:
         return reply
 
     def _frame(
-        self, size: int, wire: Message, used: dict[str, str], client: str, direction: str,
+        self, whole: int, wire: Message, used: dict[str, str], client: str, direction: str,
         cohort: int,
     ) -> None:  # fmt: skip
         common: dict[str, Any] = {
             "run": self.run, "round": self.round, "step": wire.step, "client": client,
             "direction": direction, "cohort": cohort,
         }  # fmt: skip
-        paid = payload_bytes(wire)
-        by_role = {wire.roles[f"{n}//{p}"]: c for n, c in used.items() for p in _parts(wire, n)}
-        for role, paid_for in paid.items():
-            codec = by_role.get(role, "none")
+        paid: dict[tuple[str, str], int] = {}
+        for name, tensor in sorted(wire.tensors.items()):
+            key = wire.roles[name].value, used.get(name.rpartition("//")[0], "none")
+            paid[key] = paid.get(key, 0) + tensor.numel() * tensor.element_size()
+        for (role, codec), size in paid.items():
             self.ledger.add(
-                Row(
-                    **common,
-                    role=role.value,
-                    codec=codec,
-                    payload_bytes=paid_for,
-                    wire_bytes=paid_for,
-                )
+                Row(**common, role=role, codec=codec, payload_bytes=size, wire_bytes=size)
             )
         costs = {name: v for name, v in wire.facts.items() if name.startswith("cost.")}
         told = len(json.dumps(costs, separators=(",", ":"))) if costs else 0
         if told:  # what a client says of its own costs is ours, not the strategy's
             self.ledger.add(Row(**common, role="measurement", wire_bytes=told))
-        rest = size - sum(paid.values()) - told
+        rest = whole - sum(paid.values()) - told
         self.ledger.add(Row(**common, role="header", wire_bytes=rest, frames=1))
 
     def _costs(self, client: str, facts: dict[str, Any], cohort: int) -> None:
@@ -339,27 +353,38 @@ class Exchange:
             )
 
 
-def _parts(wire: Message, name: str) -> list[str]:
-    return [n.rpartition("//")[2] for n in wire.tensors if n.startswith(f"{name}//")]
+class Memory(Protocol):
+    """Where a client's codecs keep what they left out, from round to round."""
+
+    def recall(self, client: str) -> Mapping[str, State]:
+        """By tensor, as of the last committed round: a repeated answer is the same one."""
+        ...
+
+    def retain(self, client: str, states: Mapping[str, State]) -> None:
+        """Keep it in the open round."""
+        ...
 
 
 class Endpoint:
     """The clients' end: frames in, frames out, around a worker's ``handle``."""
 
     def __init__(
-        self, handle: Handler, codecs: Mapping[str, str] | None = None, rounds: int = 1
-    ) -> None:
+        self, handle: Handler, codecs: Codecs | None = None, rounds: int = 1, seed: int = 0,
+        memory: Memory | None = None,
+    ) -> None:  # fmt: skip
         """
         ``handle``: many clients' messages in, as many replies or failures out.
 
-        rounds: of the run.
+        rounds, seed: of the run.  memory: of codecs that have one; without it they forget.
         """
         self.handle = handle
-        self.codecs, self.rounds = dict(codecs or {}), rounds
+        self.codecs, self.rounds, self.seed = dict(codecs or {}), rounds, seed
+        self.memory = memory
 
     def __call__(self, frames: Mapping[str, Frame]) -> dict[str, bytes]:
         """Answer every client's frame; a failure travels as a frame, too."""
-        requests = {client: decode(frame, self.codecs)[0] for client, frame in frames.items()}
+        requests = {client: decode(frame, self.codecs, "down")[0]
+                    for client, frame in frames.items()}  # fmt: skip
         answers = {}
         for client, reply in self.handle(requests).items():
             request = requests[client]
@@ -369,5 +394,14 @@ class Endpoint:
                 reply, client=client, run=request.run, round=request.round, id=request.id,
                 attempt=request.attempt, base=request.base,
             )  # fmt: skip
-            answers[client] = encode(stamped, self.codecs, self.rounds)[0]
+            answers[client] = self._encode(stamped)
         return answers
+
+    def _encode(self, reply: Message) -> bytes:
+        recalled = self.memory.recall(reply.client) if self.memory else {}
+        frame, _, _, kept = encode(
+            reply, self.codecs, self.rounds, "up", self.seed, recalled
+        )  # fmt: skip
+        if self.memory and kept:
+            self.memory.retain(reply.client, {**recalled, **kept})
+        return frame

@@ -62,9 +62,15 @@ class Task(Section):
 
     Multiple choice trains as generation does, on the right option; it is judged by which option
     the model finds likeliest.
+
+    Preference learns from pairs of responses which of the two is better, against the model as it
+    is at first (DPO, arXiv 2305.18290); ``beta`` is what weighs leaving it.
     """
 
-    kind: Literal["classification", "generation", "multiple-choice"] = "classification"
+    kind: Literal["classification", "generation", "multiple-choice", "preference"] = (
+        "classification"
+    )
+    beta: Rate = 0.1
     chat_template: bool = False
     response_only: bool = True
 
@@ -75,13 +81,15 @@ class Data(Section):
 
     Generation takes either ``text`` alone (plain language modelling) or ``prompt`` and
     ``response``. Multiple choice takes ``prompt``, ``options`` and ``response``, which names the
-    right option. Without ``max_tokens`` the model's own limit holds (at most 512).
+    right option. Preference takes ``prompt``, ``response``, which is the better one, and
+    ``rejected``. Without ``max_tokens`` the model's own limit holds (at most 512).
     """
 
     text: str = "text"
     label: str = "label"
     prompt: str | None = None
     response: str | None = None
+    rejected: str | None = None
     options: str | None = None
     option_pattern: str | None = None
     answer_by: Literal["any", "index", "letter", "text"] = "any"
@@ -150,19 +158,107 @@ class Public(Section):
 
 
 Head = Literal["shared", "personal", "frozen"]
+V = TypeVar("V")
+
+
+def whose(key: str, listed: Sequence[V] | Mapping[str, V], clients: Sequence[str]) -> dict[str, V]:
+    """
+    What each client has: of a list they take one in turn; a table says it by their names.
+
+    Who has nothing is left out. Raises FedllmError for a table with others in it.
+    """
+    if isinstance(listed, Mapping):
+        for name in listed:
+            if name not in clients:
+                raise FedllmError(f"{key}.{name}: no such client; {nearest(name, clients)}")
+        return dict(listed)
+    return {name: listed[k % len(listed)] for k, name in enumerate(clients)} if listed else {}
+
+
+def _ranks(value: Any) -> Any:
+    """What ``ranks`` may be; the union's own errors would name its branches."""
+    listed = list(value.values() if isinstance(value, dict) else value) if isinstance(
+        value, list | tuple | dict
+    ) else [0]  # fmt: skip
+    if not all(type(rank) is int and rank >= 1 for rank in listed):
+        raise ValueError(
+            f"{json.dumps(value, default=str)}: expected a list of ranks of at least 1, or a table "
+            "from clients' names to them"
+        )
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Lora(Section):
-    """LoRA (arXiv 2106.09685) through PEFT; targets default to the model type's usual ones."""
+    """
+    LoRA (arXiv 2106.09685) through PEFT; targets default to the model type's usual ones.
+
+    ``rank`` is the largest there is. ``ranks`` are taken in turn by the clients, or a table says
+    whose is which, as it must across machines; who has none there has the largest. ``schedule``
+    says from which round on nobody's is higher: ``{ 1 = 2, 4 = 8 }``. With ``freeze_a`` the first
+    matrix keeps its start, which follows from the seed, and only B is trained and sent (FFA-LoRA,
+    arXiv 2403.12313).
+    """
 
     kind: Literal["lora"] = "lora"
     rank: Positive = 8
+    ranks: Annotated[tuple[Positive, ...] | dict[str, Positive], BeforeValidator(_ranks)] = ()
+    schedule: dict[int, Positive] = {}
+    freeze_a: bool = False
     alpha: Rate = 16.0
     dropout: Fraction = 0.0
     targets: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     init: Literal["gaussian", "kaiming"] = "gaussian"
     head: Head = "shared"
+
+    @model_validator(mode="after")
+    def _at_most(self) -> Self:
+        listed = self.ranks.values() if isinstance(self.ranks, dict) else self.ranks
+        for key, ranks in (("ranks", listed), ("schedule", self.schedule.values())):
+            if ranks and max(ranks) > self.rank:
+                raise ValueError(
+                    f"{key}: {max(ranks)} is more than rank = {self.rank}, which is the largest"
+                )
+            if ranks and self.freeze_a:
+                raise ValueError(
+                    f"freeze_a: one first matrix for all; expected one rank, without {key}"
+                )
+        if self.schedule and min(self.schedule) != 1:
+            raise ValueError("schedule: expected rounds from 1 on, 1 among them, e.g. { 1 = 2 }")
+        return self
+
+    def even(self, rank: int | None = None) -> Lora:
+        """The same with one rank for all and always; none given: the largest."""
+        return self.model_copy(update={"rank": rank or self.rank, "ranks": (), "schedule": {}})
+
+    @property
+    def changing(self) -> bool:
+        """Whether anybody's rank is another than ``rank``, or was."""
+        return bool(self.ranks or self.schedule)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether clients may have different ranks in one round."""
+        listed = self.ranks.values() if isinstance(self.ranks, dict) else self.ranks
+        return any(rank != self.rank for rank in listed)
+
+    def ranks_of(self, clients: Sequence[str]) -> dict[str, int]:
+        """The ranks of those of these clients who have their own (``whose``)."""
+        return whose("tunables.ranks", self.ranks, clients)
+
+    def most(self, round: int) -> int:
+        """The highest rank that anybody has in this round."""
+        begun = [first for first in self.schedule if first <= round]
+        return self.schedule[max(begun)] if begun else self.rank
+
+    def shares(self, clients: Sequence[str], rounds: int) -> dict[str, dict[int, float]]:
+        """Which ranks each of these clients has, and in what share of the rounds."""
+        own, most = self.ranks_of(clients), [self.most(n) for n in range(1, rounds + 1)]
+        found = {}
+        for client in clients:
+            ranks = [min(own.get(client, self.rank), now) for now in most]
+            found[client] = {rank: ranks.count(rank) / rounds for rank in sorted(set(ranks))}
+        return found
 
 
 class Adapter(Section):
@@ -212,7 +308,12 @@ Tunables = Annotated[Lora | Adapter | BitFit | Prompt | Prefix | Full, Field(dis
 
 
 class Training(Section):
-    """How a client trains. ``schedule`` runs over all rounds of the experiment."""
+    """
+    How a client trains. ``schedule`` runs over all rounds of the experiment.
+
+    ``sampling = "loss"`` draws private rows in proportion to their last known loss, but for a share
+    ``sampling_floor`` that is drawn evenly, and weighs each by 1 / (rows x chance).
+    """
 
     epochs: Positive = 1
     batch_size: Positive = 16
@@ -226,20 +327,147 @@ class Training(Section):
     optimizer_state: Literal["reset", "keep"] = "reset"
     base_dropout: bool = False
     padding: Literal["bucket", "longest", "fixed"] = "bucket"
+    sampling: Literal["uniform", "loss"] = "uniform"
+    sampling_floor: Annotated[float, Field(gt=0, le=1)] = 0.2
+
+
+Aggregation = Literal["mean", "uniform", "zero-pad", "normalized", "hetlora", "flexlora"]
+
+
+class Balance(Section):
+    """
+    Clients weigh more the lower their training loss of the round is.
+
+    Their weight times exp((mean - loss) / ``temperature``), kept between ``floor`` and ``cap``.
+    """
+
+    temperature: Rate = 1.0
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
+
+
+class Average(Section):
+    """The common tunables become the clients' mean (FedAvg, arXiv 1602.05629)."""
+
+    kind: Literal["average"] = "average"
+
+
+class Momentum(Section):
+    """
+    The mean of the clients' changes moves the common tunables with momentum (FedAvgM, arXiv
+    1909.06335); ``beta = 0`` leaves a rate of the server's own.
+    """
+
+    kind: Literal["momentum"] = "momentum"
+    rate: Rate = 1.0
+    beta: Fraction = 0.9
+
+
+class Adagrad(Section):
+    """FedAdagrad (arXiv 2003.00295) on the mean of the clients' changes."""
+
+    kind: Literal["adagrad"] = "adagrad"
+    rate: Rate = 0.01
+    beta1: Fraction = 0.0
+    tau: Rate = 1e-3
+
+
+class Yogi(Section):
+    """FedYogi (arXiv 2003.00295) on the mean of the clients' changes."""
+
+    kind: Literal["yogi"] = "yogi"
+    rate: Rate = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    tau: Rate = 1e-3
+
+
+class Adam(Section):
+    """FedAdam (arXiv 2003.00295) on the mean of the clients' changes."""
+
+    kind: Literal["adam"] = "adam"
+    rate: Rate = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    tau: Rate = 1e-3
+
+
+ServerStep = Annotated[Average | Momentum | Adagrad | Yogi | Adam, Field(discriminator="kind")]
+
+
+class Plain(Section):
+    """Each client minimizes the loss of its own rows."""
+
+    kind: Literal["plain"] = "plain"
+
+
+class Prox(Section):
+    """
+    The distance from what came is part of a client's loss, mu / 2 |w - w_global|^2 (FedProx, arXiv
+    1812.06127); ``training.clip`` clips both together.
+    """
+
+    kind: Literal["prox"] = "prox"
+    mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+
+
+class Scaffold(Section):
+    """
+    Gradients are corrected by control variates, which travel, too (SCAFFOLD, arXiv 1910.06378,
+    option II). Needs plain SGD; ``training.clip`` clips a gradient before it is corrected.
+    """
+
+    kind: Literal["scaffold"] = "scaffold"
+
+
+ClientStep = Annotated[Plain | Prox | Scaffold, Field(discriminator="kind")]
 
 
 class Parameters(Section):
     """
     Clients exchange tunables (steps a1 to a4).
 
+    ``server`` says what becomes of the clients' mean change, ``client`` what holds a client back
+    that has rows unlike the others'. Any two of them go together.
+
     ``mentor`` is a larger model that each client has for itself, reading the same tokens: it and
     the experiment's model teach each other, and only the latter travels (FedKD, arXiv 2108.13323).
+
+    Clients with LoRA of different ranks (``tunables.ranks``) need an ``aggregation`` that takes
+    them: ``zero-pad``, ``normalized`` (each component by its owners alone), ``hetlora`` (by the
+    norms of the clients' updates, arXiv 2401.06432) or ``flexlora`` (the mean of their products,
+    arXiv 2402.11505). ``prune`` is the share of its rank that a client of ``hetlora`` goes down to
+    once the rest has become less.
     """
 
     kind: Literal["parameters"] = "parameters"
     payload: Literal["value", "delta", "change"] = "value"
-    aggregation: Literal["mean", "uniform"] = "mean"
+    aggregation: Aggregation = "mean"
+    server: ServerStep = Average()
+    client: ClientStep = Plain()
+    balance: Balance | None = None
+    prune: Annotated[float, Field(gt=0, lt=1)] | None = None
+    prune_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     mentor: str | None = None
+
+    @model_validator(mode="after")
+    def _pruned(self) -> Self:
+        if self.prune is not None and self.aggregation != "hetlora":
+            raise ValueError(
+                f"prune: only with aggregation = 'hetlora' (here {self.aggregation!r})"
+            )
+        if self.balance is not None and self.aggregation in ("uniform", "hetlora"):
+            raise ValueError(
+                f"balance: aggregation = {self.aggregation!r} has weights of its own; expected "
+                "'mean', 'zero-pad', 'normalized' or 'flexlora'"
+            )
+        if self.aggregation == "flexlora" and self.server.kind != "average":
+            raise ValueError(
+                "server: flexlora gives the factors another basis in every round, in which steps "
+                f"of the last one mean nothing; expected server.kind = 'average' (here "
+                f"{self.server.kind!r})"
+            )
+        return self
 
 
 TOP_K = 128
@@ -298,42 +526,62 @@ class Logits(Section):
     rate: Rate | None = None
 
     def models(self, clients: Sequence[str]) -> dict[str, str]:
-        """
-        Names of the models of those of these clients who have their own.
+        """Names of the models of those of these clients who have their own (``whose``)."""
+        return whose("strategy.client_models", self.client_models, clients)
 
-        Raises FedllmError for a table with others in it.
-        """
-        named = self.client_models
-        if isinstance(named, dict):
-            for name in named:
-                if name not in clients:
-                    raise FedllmError(
-                        f"strategy.client_models.{name}: no such client; {nearest(name, clients)}"
-                    )
-            return dict(named)
-        return {name: named[k % len(named)] for k, name in enumerate(clients)} if named else {}
+
+def _cut(value: Any) -> Any:
+    """What a cut may be; the union's own errors would name its branches."""
+    if value == "auto":
+        return value
+    table = isinstance(value, list | tuple | dict)
+    listed = list(value.values() if isinstance(value, dict) else value) if table else [value]
+    if not listed or not all(type(one) is int and one >= 0 for one in listed):
+        raise ValueError(
+            f"{json.dumps(value, default=str)}: expected a number of blocks, a list of them, a "
+            "table from clients' names to them, or 'auto'; 0 is half of the blocks"
+        )
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Activations(Section):
     """
     Clients run the first ``cut`` blocks, the server the rest (steps c1 to c5, cc1 to cc4).
 
-    ``cut = 0`` stands for half of the blocks. ``average_every`` batches the client halves are
-    averaged; 0 means once, at the end of the round.
+    ``cut = 0`` stands for half of the blocks. Several cuts are taken in turn by the clients, or a
+    table says whose is which, as it must across machines. ``cut = "auto"`` gives each client that
+    with which a round is soonest over, by the machines and links of ``[plan]`` (a simulation only);
+    it is chosen anew when a speed has changed by more than ``recut`` of itself.
+    ``average_every`` batches the client halves are averaged; 0 means once, at the end of the round.
+    ``keep_tokens`` is the share of each row's tokens that crosses, rounded up (classification): the
+    server's blocks see no others, and only they get a gradient. ``keep_by`` says which: those that
+    the client's last block attends to most, or some at random; what the head reads always crosses.
     """
 
     kind: Literal["activations"] = "activations"
-    cut: Count = 0
+    cut: Annotated[
+        Count | tuple[Count, ...] | dict[str, Count] | Literal["auto"], BeforeValidator(_cut)
+    ] = 0
+    recut: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
     server: Literal["sequential", "per-client", "concatenated"] = "sequential"
     turn: Literal["batch", "epoch"] = "batch"
     labels: Literal["server", "client"] = "server"
     average_every: Count = 0
+    keep_tokens: Annotated[float, Field(gt=0, le=1)] = 1.0
+    keep_by: Literal["attention", "random"] = "attention"
 
     @model_validator(mode="after")
     def _averages(self) -> Self:
         if self.average_every and self.server == "sequential" and self.turn == "epoch":
             raise ValueError("average_every: needs turn = 'batch' with the sequential server")
+        if self.cut == "auto" and (self.server == "concatenated" or self.average_every):
+            key = "average_every" if self.average_every else "server = 'concatenated'"
+            raise ValueError(f"{key}: needs one cut for all, which cut = 'auto' does not promise")
         return self
+
+    def cuts(self, clients: Sequence[str]) -> dict[str, int]:
+        """The cuts of those of these clients who have their own (``whose``)."""
+        return {} if isinstance(self.cut, int | str) else whose("strategy.cut", self.cut, clients)
 
 
 class Standalone(Section):
@@ -359,8 +607,17 @@ Strategy = Annotated[
 ]
 
 
-CODECS = ("none", "fp16", "int8")  # of ``codecs``; it loads torch
-SIZED = {"lowrank": 999_999, "energy": 100}  # with a number, at most this
+INTEGERS = tuple(
+    f"int{bits}{along}{rounding}"
+    for bits in (8, 4)
+    for rounding in ("", "-stochastic")
+    for along in ("", "-tensor", "-channel")
+)
+CODECS = ("none", "fp16", "bf16", *INTEGERS, "sign", "zstd")  # of ``codecs``; it loads torch
+SIZED = {"lowrank": 999_999, "energy": 100, "topk": 100, "random": 100}  # with at most this number
+FEEDBACK = "feedback"
+ORDER = (tuple(SIZED), CODECS[1:-1], ("zstd",), (FEEDBACK,))  # one of each may follow
+WAYS = ("up", "down")
 
 
 def sized(name: str) -> tuple[str, int, int] | None:
@@ -372,18 +629,44 @@ def sized(name: str) -> tuple[str, int, int] | None:
     return (found[1], first, last) if max(first, last) <= SIZED[found[1]] else None
 
 
-def _codec(name: str) -> str:
-    if name not in CODECS and sized(name) is None:
-        raise ValueError(f"unknown codec; {nearest(name, [*CODECS, *(f'{k}-16' for k in SIZED)])}")
-    return name
+def stages(name: str) -> list[str]:
+    """
+    ``topk-10+int8+zstd`` -> its codecs in the order of encoding.
+
+    Raises ValueError for a codec that there is not, and for an order that means nothing.
+    """
+    if name == "none":
+        return [name]
+    found = name.split("+")
+    known = [*CODECS, *(f"{kind}-16" for kind in SIZED)]
+    places = []
+    for stage in found:
+        kind = (sized(stage) or (stage,))[0]
+        place = [i for i, some in enumerate(ORDER) if kind in some and stage not in SIZED]
+        if not place:
+            raise ValueError(f"unknown codec {stage!r}; {nearest(stage, known)}")
+        places += place
+    if places != sorted(set(places)) or found == [FEEDBACK]:
+        raise ValueError(
+            f"codecs {name!r}: at most one each of what leaves numbers out, what makes them short, "
+            "'zstd' and 'feedback', in this order; expected e.g. 'topk-10+int8+zstd+feedback'"
+        )
+    return found
 
 
-Codec = Annotated[str, AfterValidator(_codec)]
+def _codec(value: str | dict[str, str]) -> str | dict[str, str]:
+    for name in (value,) if isinstance(value, str) else value.values():
+        stages(name)
+    return value
+
+
+Codec = Annotated[str | dict[str, str], AfterValidator(_codec)]
 
 
 class Exchange(Section):
     """
-    What happens between strategy and wire. ``codecs`` maps a role to a codec's name.
+    What happens between strategy and wire. ``codecs`` maps a role to a codec's name, or to a table
+    of them by patterns of tensors' names, of which the first that fits counts.
 
     resident: sites stay for the whole run, in a session; else each message is a process of its own.
     """
@@ -475,7 +758,8 @@ class PlanSite(Section):
     Clients that are alike, for ``fedllm plan``: ``count`` of them, each with these means.
 
     flops: operations a second.  memory: bytes.  up, down: bytes a second.  latency: seconds that
-    a message takes however short it is.
+    a message takes however short it is.  speed, bandwidth: what these are in each round of a
+    simulation, as factors of ``flops`` and of ``up`` and ``down``; the last of them stays.
     """
 
     name: str | None = None
@@ -486,6 +770,19 @@ class PlanSite(Section):
     up: Rate = 2.5e6
     down: Rate = 1.25e7
     latency: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
+    speed: tuple[Rate, ...] = ()
+    bandwidth: tuple[Rate, ...] = ()
+
+    def at(self, round: int) -> PlanSite:
+        """The same as it is in a round; 0: as it is known beforehand."""
+
+        def factor(listed: tuple[float, ...]) -> float:
+            return listed[min(round, len(listed)) - 1] if round and listed else 1.0
+
+        machine, link = factor(self.speed), factor(self.bandwidth)
+        return self.model_copy(update={
+            "flops": self.flops * machine, "up": self.up * link, "down": self.down * link,
+        })  # fmt: skip
 
 
 class PlanServer(Section):
@@ -500,7 +797,7 @@ class PlanServer(Section):
 class Plan(Section):
     """
     What ``fedllm plan`` assumes: sizes that it then need not read from the data, machines and
-    links, and what its advisor tries. No run looks at it.
+    links, and what its advisor tries. No run looks at it but one with ``strategy.cut = "auto"``.
     """
 
     rows: Positive | None = None
@@ -572,6 +869,7 @@ class Experiment(Section):
                 "set task.kind = 'generation' or leave prompt and response out"
             )
         self._chosen()
+        self._preferred()
         if self.model.quantization != "none":
             if self.tunables.kind != "lora":
                 raise ValueError(
@@ -589,10 +887,17 @@ class Experiment(Section):
         for where, spec in (("strategy", self.strategy), ("compare.logits", self.compare.logits)):
             if isinstance(spec, Logits):
                 self._taught(where, spec)
+        splits = (("strategy", self.strategy), ("compare.activations", self.compare.activations))
+        for where, half in splits:
+            if isinstance(half, Activations) and half.keep_tokens < 1:
+                self._thinned(where, half)
         parts = (("strategy", self.strategy), ("compare.parameters", self.compare.parameters))
         for where, part in parts:
             if isinstance(part, Parameters) and part.mentor is not None:
-                self._mentored(where)
+                self._mentored(where, part)
+            if isinstance(part, Parameters) and isinstance(part.client, Scaffold):
+                self._corrected(where, part)
+        self._sized()
         if not self.exchange.resident and self.strategy.kind == "activations":
             raise ValueError(
                 "exchange.resident = false: activations cross for every batch, for which sites "
@@ -605,6 +910,7 @@ class Experiment(Section):
                     f"sweep: keys of one [[sweep]] change together and need as many values each "
                     f"(here {counts})"
                 )
+        self._fed_back()
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: the same seed twice")
         if self.task.kind != "classification" and self.tunables.head != "shared":
@@ -617,6 +923,32 @@ class Experiment(Section):
                 f"exchange.clients_per_round: {every} of {self.simulation.clients} clients"
             )
         return self
+
+    def _fed_back(self) -> None:
+        """What was left out can be added to the next only where each is a difference."""
+        spec = self.strategy
+        for role, value in self.exchange.codecs.items():
+            table = {"up:*": value} if isinstance(value, str) else value
+            for key, name in table.items():
+                if not name.endswith(f"+{FEEDBACK}"):
+                    continue
+                where = f"exchange.codecs.{role} = {name!r}"
+                if role != "parameter":
+                    raise ValueError(
+                        f"{where}: rows differ from message to message, and what is left out of "
+                        f"one is no part of the next; expected it without '+{FEEDBACK}'"
+                    )
+                if isinstance(value, str) or key.partition(":")[0] != "up":
+                    raise ValueError(
+                        f"{where}: only what clients send is a new difference each time; expected "
+                        f"exchange.codecs.parameter = {{ up = {name!r} }}"
+                    )
+                whole = isinstance(spec, Parameters) and spec.payload == "value"
+                if whole or isinstance(spec, Activations):
+                    raise ValueError(
+                        f"{where}: needs differences, and here values travel; expected "
+                        "strategy.kind = 'parameters' with payload = 'delta' or 'change'"
+                    )
 
     def _chosen(self) -> None:
         """What multiple choice and Rouge-L ask of the data, and keys that mean nothing without."""
@@ -639,6 +971,35 @@ class Experiment(Section):
                 raise ValueError(f"data.{key}: only with task.kind = 'multiple-choice'")
         if self.data.answer_by != "any":
             raise ValueError("data.answer_by: only with task.kind = 'multiple-choice'")
+
+    def _preferred(self) -> None:
+        """What preference tuning asks of the data, and what has no pairs to learn from."""
+        if self.task.kind != "preference":
+            if self.data.rejected is not None:
+                raise ValueError("data.rejected: only with task.kind = 'preference'")
+            return
+        if self.data.rejected is None or self.data.prompt is None:
+            missing = "rejected" if self.data.rejected is None else "prompt"
+            raise ValueError(
+                f"data.{missing}: preference tuning needs the columns data.prompt, data.response "
+                "(the better one) and data.rejected"
+            )
+        if not self.task.response_only:
+            raise ValueError(
+                "task.response_only = false: both responses of a pair have the same prompt, of "
+                "which nothing is learnt; leave it out"
+            )
+        if self.training.sampling != "uniform":
+            raise ValueError(
+                "training.sampling = 'loss': draws row by row, and the two responses of a pair are "
+                "learnt together; expected 'uniform'"
+            )
+        if self.strategy.kind in ("logits", "activations"):
+            raise ValueError(
+                f"strategy.kind = {self.strategy.kind!r}: preferences are learnt where both "
+                "responses and the whole model are; expected 'parameters', 'standalone' or "
+                "'centralized' (for fedllm compare: compare.strategies = ['parameters'])"
+            )
 
     def _taught(self, where: str, spec: Logits) -> None:
         """What logits ask of the public set, and settings that would mean nothing."""
@@ -683,8 +1044,64 @@ class Experiment(Section):
                 f"{where}.max_entropy: only with knowledge = 'entropy' (here {spec.knowledge!r})"
             )
 
-    def _mentored(self, where: str) -> None:
+    def _thinned(self, where: str, spec: Activations) -> None:
+        """What needs all tokens."""
+        for key, value, fits in (
+            ("task.kind", self.task.kind, self.task.kind == "classification"),
+            ("tunables.kind", self.tunables.kind, self.tunables.kind != "prompt"),
+        ):
+            if not fits:
+                raise ValueError(
+                    f"{where}.keep_tokens = {spec.keep_tokens:g}: {key} = {value!r} needs every "
+                    "token; expected 1, or a classification without virtual tokens"
+                )
+
+    def _corrected(self, where: str, spec: Parameters) -> None:
+        """What SCAFFOLD's control variates cannot be learnt from."""
+        key = f"{where}.client.kind = 'scaffold'"
+        if self.training.optimizer != "sgd" or self.training.momentum:
+            used = f"momentum = {self.training.momentum:g}" if self.training.momentum else repr(
+                self.training.optimizer
+            )  # fmt: skip
+            raise ValueError(
+                f"{key}: (x - y) / (K eta) is a mean of gradients for plain SGD only (here {used});"
+                " expected training.optimizer = 'sgd' without momentum, or client.kind = 'prox'"
+            )
+        if self.exchange.minimum_replies is not None:
+            raise ValueError(
+                f"{key}: c has to hear of every change of c_k, and a reply that is lost or late "
+                "would not be made up for; leave exchange.minimum_replies out"
+            )
+        if isinstance(self.tunables, Lora) and self.tunables.changing:
+            mine = "ranks" if self.tunables.ranks else "schedule"
+            raise ValueError(
+                f"{key}: control variates are of one rank; leave tunables.{mine} out, or expected "
+                "client.kind = 'prox'"
+            )
+        if spec.prune is not None:
+            raise ValueError(
+                f"{key}: control variates are of one rank; leave {where}.prune out, or expected "
+                "client.kind = 'prox'"
+            )
+        if spec.aggregation == "flexlora":
+            raise ValueError(
+                f"{key}: flexlora gives the factors another basis in every round, in which control "
+                "variates of the last one mean nothing; expected another aggregation, or "
+                "client.kind = 'prox'"
+            )
+
+    def _mentored(self, where: str, spec: Parameters) -> None:
         """What a mentor cannot do yet."""
+        if spec.client.kind != "plain":
+            raise ValueError(
+                f"{where}.mentor: its pupil is held back by nothing else; expected "
+                f"{where}.client.kind = 'plain' (here {spec.client.kind!r})"
+            )
+        if self.training.sampling != "uniform":
+            raise ValueError(
+                f"{where}.mentor: two models have two losses of a row; expected training.sampling "
+                f"= 'uniform' (here {self.training.sampling!r})"
+            )
         if self.task.kind != "classification":
             raise ValueError(f"{where}.mentor: for task.kind = 'classification' only so far")
         if self.tunables.head == "personal":
@@ -692,6 +1109,34 @@ class Experiment(Section):
                 f"{where}.mentor: the common model needs its head; expected tunables.head = "
                 "'shared' or 'frozen'"
             )
+
+    def _sized(self) -> None:
+        """What LoRA of several ranks asks of the strategy, and rules that mean nothing without."""
+        spec, tunables = self.strategy, self.tunables
+        lora = tunables if isinstance(tunables, Lora) else None
+        changing = lora is not None and lora.changing
+        key = "ranks" if lora is not None and lora.ranks else "schedule"
+        if changing and not isinstance(spec, Parameters):
+            raise ValueError(
+                f"tunables.{key}: only with strategy.kind = 'parameters' (here {spec.kind!r})"
+            )
+        if not isinstance(spec, Parameters):
+            return
+        rule = spec.aggregation
+        takes = [name for name in get_args(Aggregation) if name not in ("mean", "uniform")]
+        if rule in takes and (lora is None or lora.freeze_a):
+            here = "freeze_a = true" if lora is not None else f"tunables.kind = {tunables.kind!r}"
+            raise ValueError(
+                f"strategy.aggregation = {rule!r}: is about both factors of LoRA; expected 'mean' "
+                f"or 'uniform' with {here}"
+            )
+        if lora is not None and lora.uneven and rule not in takes:
+            raise ValueError(
+                f"strategy.aggregation = {rule!r}: clients have different ranks (tunables.ranks); "
+                f"expected {', '.join(map(repr, takes))}"
+            )
+        if changing and spec.mentor is not None:
+            raise ValueError(f"strategy.mentor: with one rank only so far, without tunables.{key}")
 
     def _hidden(self, where: str, spec: Logits) -> None:
         """What cannot be done with hidden states, which are no distributions."""
@@ -802,7 +1247,7 @@ class FederationFile(Section):
 PATHS = (("model", "name"), ("model", "tokenizer"), ("simulation", "source"),
          ("simulation", "test"), ("public", "source"), ("strategy", "mentor"))  # fmt: skip
 _VARIABLE = re.compile(r"(\$?)\$\{(\w+)(?::-([^}]*))?\}")
-NO_RUN = ("plan",)  # sections that no run looks at
+NO_RUN = ("plan",)  # sections that no run looks at, unless it chooses its cuts by them
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -856,7 +1301,9 @@ def agree(stored: Path, experiment: Experiment, free: Sequence[str] = ()) -> Non
 
 def same(one: Experiment, other: Experiment, free: Sequence[str] = ()) -> bool:
     """Whether two experiments differ in nothing but these sections and what no run looks at."""
-    return one.model_copy(update={key: getattr(other, key) for key in (*NO_RUN, *free)}) == other
+    looks = isinstance(one.strategy, Activations) and one.strategy.cut == "auto"
+    unseen = free if looks else (*NO_RUN, *free)
+    return one.model_copy(update={key: getattr(other, key) for key in unseen}) == other
 
 
 def load_site(path: Path) -> SiteFile:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from fedllm.data.clients import ClientData, Clients
 from fedllm.data.examples import Encoder, Examples
 from fedllm.data.simulation import Division, divide
 from fedllm.errors import FedllmError
+from fedllm.estimates.cuts import Cutter
+from fedllm.estimates.sizes import Rows, Sizes, crowds
 from fedllm.exchange import Endpoint, Exchange
 from fedllm.knowledge.interpreter import Interpreter, cache, interpreter
 from fedllm.ledger import Ledger
@@ -43,6 +45,7 @@ from fedllm.transport.local import Local
 from fedllm.worker import Worker
 
 UNKNOWN_LIMIT = 0.005
+T = TypeVar("T")
 
 
 class Listener(Protocol):
@@ -203,7 +206,7 @@ def assemble(
     if remote is None:
         worker = host(half, experiment, prepared, run, listener)
         size = experiment.simulation.cohort or cohort_size(model, experiment.training)
-        endpoint = Endpoint(worker.handle, spec.codecs, experiment.rounds)  # type: ignore[arg-type]
+        endpoint = Endpoint(worker.handle, spec.codecs, experiment.rounds, seed, worker)  # type: ignore[arg-type]
         transport = Local(list(worker.sites), endpoint, size)
         clients = worker
     else:
@@ -214,7 +217,7 @@ def assemble(
     exchange = Exchange(
         transport, ledger, run, model.base_hash, spec.codecs,  # type: ignore[arg-type]
         spec.minimum_replies, listener.step, prepared.measured, clock, spec.deadline, listener.note,
-        experiment.rounds,
+        experiment.rounds, seed,
     )  # fmt: skip
     if isinstance(clients, Distant):
         clients.exchange = exchange
@@ -267,7 +270,8 @@ def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Li
     setup = Setup(
         seed, experiment.rounds, experiment.training, experiment.evaluation, experiment.public,
         prepared.longest, _interpreters(experiment, model, prepared, others, listener),
-        _width(spec, model, others, list(prepared.clients)),
+        experiment.task, _width(spec, model, others, list(prepared.clients)),
+        _ranks(experiment, prepared), _cuts(spec, prepared), _cutter(experiment, prepared),
     )  # fmt: skip
     if experiment.model.cache and not experiment.training.base_dropout:
         uses = _uses(experiment, prepared, model, others)
@@ -339,9 +343,42 @@ def check(experiment: ex.Experiment, seed: int, prepared: Prepared) -> Federatio
 
 def untrained(experiment: ex.Experiment, seed: int, prepared: Prepared) -> dict[str, Any]:
     """Metrics of the base as it is, over everybody's held-out rows."""
-    built = check(experiment.replace(strategy=ex.Centralized()), seed, prepared)
+    spec = experiment.tunables
+    even = spec.even() if isinstance(spec, ex.Lora) else spec
+    built = check(experiment.replace(strategy=ex.Centralized(), tunables=even), seed, prepared)
     built.exchange.open(0)
     return dict(round.evaluate(built, ServerState())["mean"])
+
+
+def _known(
+    listed: Sequence[T] | Mapping[str, T], whose: Callable[[Sequence[str]], dict[str, T]],
+    prepared: Prepared,
+) -> dict[str, T]:  # fmt: skip
+    """What clients have of their own; across machines a site knows itself, the server all."""
+    here = list(prepared.clients)
+    if prepared.divided is not None and isinstance(listed, Mapping):
+        return {name: one for name, one in listed.items() if name in here or not here}
+    return whose(here)
+
+
+def _cuts(spec: ex.Strategy, prepared: Prepared) -> dict[str, int]:
+    """Cuts of clients where the file has several; who has none there has half of the blocks."""
+    if not isinstance(spec, ex.Activations) or isinstance(spec.cut, int):
+        return {}
+    if isinstance(spec.cut, str):
+        return dict.fromkeys(prepared.clients, 0)
+    return dict.fromkeys(prepared.clients, 0) | _known(spec.cut, spec.cuts, prepared)
+
+
+def _cutter(experiment: ex.Experiment, prepared: Prepared) -> Cutter | None:
+    """Who chooses the cuts of a simulation, where the file leaves them open."""
+    spec = experiment.strategy
+    if not isinstance(spec, ex.Activations) or spec.cut != "auto":
+        return None
+    there = crowds(experiment, prepared.clients)
+    rows = Rows.of(prepared.public)
+    labels, listed = len(prepared.labels), tuple(prepared.clients)
+    return Cutter(experiment, Sizes(there, listed, rows, labels, prepared.longest))
 
 
 def _client_models(
@@ -356,11 +393,7 @@ def _client_models(
     spec = experiment.strategy
     if not isinstance(spec, ex.Logits):
         return {}
-    table, here = spec.client_models, list(prepared.clients)
-    if prepared.divided is not None and isinstance(table, dict):
-        names = {k: table[k] for k in table if k in here or not here}  # its own; a server: all
-    else:
-        names = spec.models(here)
+    names = _known(spec.client_models, spec.models, prepared)
     loaded = {}
     vocabulary = prepared.tokenizer.get_vocab()
     for name in dict.fromkeys(names.values()):
@@ -416,6 +449,12 @@ def _mentor(
             "hidden states"
         )
     return found
+
+
+def _ranks(experiment: ex.Experiment, prepared: Prepared) -> dict[str, int]:
+    """The ranks of clients who have their own, by name."""
+    spec = experiment.tunables
+    return _known(spec.ranks, spec.ranks_of, prepared) if isinstance(spec, ex.Lora) else {}
 
 
 def _width(

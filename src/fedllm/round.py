@@ -25,6 +25,8 @@ from fedllm.training.evaluate import Metrics, add, metrics, misfit
 from fedllm.training.known import paid, restore_paid
 from fedllm.worker import Worker
 
+CLOCK = "clock"  # seconds of a round under the clock of ``[plan]``, where cuts go by it
+SAID = ("loss", "_gap", CLOCK)  # ends of facts that belong into a run's history
 DETAILED = 100  # with more clients than this, theirs are reported without each class
 
 
@@ -62,7 +64,7 @@ def run(federation: Federation, begin: Committed, commit: Callable[[Committed], 
         state = replace(state, facts={**state.facts, **paid(ask.meter)})
         entry: dict[str, Any] = {
             "round": number, "cohort": cohort,
-            **{k: v for k, v in state.facts.items() if k.endswith("loss")},
+            **{k: v for k, v in state.facts.items() if k.endswith(SAID)},
         }  # fmt: skip
         every = experiment.evaluation.every
         if number == experiment.rounds or (every and number % every == 0):

@@ -49,9 +49,10 @@ class Hosted:
         self._worker = federation.host(half, experiment, prepared, run, Silent())
         self._worker.discreet = True
         mine = self._worker.sites[site.name]
-        self.rows = len(mine.train), mine.test.cases
+        self.rows = mine.train.cases, mine.test.cases
         self._endpoint = Endpoint(
-            self._worker.handle, experiment.exchange.codecs, experiment.rounds  # type: ignore[arg-type]
+            self._worker.handle, experiment.exchange.codecs, experiment.rounds,  # type: ignore[arg-type]
+            seed, self._worker,
         )  # fmt: skip
         self._states = folder / "states"
         self._worker.states.attach(self._states)

@@ -60,7 +60,13 @@ class States:
 
     def get(self, client: str) -> State:
         """A client's state; empty where it has none."""
-        name = self._now.get(client)
+        return self._get(self._now.get(client))
+
+    def committed(self, client: str) -> State:
+        """The same as of the last committed round: what a rollback goes back to."""
+        return self._get(self._then.get(client))
+
+    def _get(self, name: str | None) -> State:
         if name is None:
             return {}
         if name in self._cache:

@@ -22,11 +22,21 @@ def variant(experiment: ex.Experiment) -> str:
     """The strategy with what distinguishes it, e.g. ``activations (sequential, cut 2)``."""
     spec = experiment.strategy
     if isinstance(spec, ex.Activations):
-        cut = spec.cut or "half"
+        listed = [spec.cut] if isinstance(spec.cut, int | str) else spec.cut
+        named = listed.items() if isinstance(listed, dict) else [("", cut) for cut in listed]
+        cut = ", ".join(f"{name} {cut or 'half'}".strip() for name, cut in named)
         home = ", labels at the client" if spec.labels == "client" else ""
-        return f"activations ({spec.server}, cut {cut}{home})"
-    if isinstance(spec, ex.Parameters) and spec.mentor is not None:
-        return "parameters (with mentors)"
+        share = f"{spec.keep_tokens:.0%} of the tokens by {spec.keep_by}"
+        thin = f", {share}" if spec.keep_tokens < 1 else ""
+        return f"activations ({spec.server}, cut {cut}{home}{thin})"
+    if isinstance(spec, ex.Parameters):
+        said: list[str] = [spec.aggregation] if spec.aggregation not in ("mean", "uniform") else []
+        said += ["pruned"] if spec.prune is not None else []
+        said += ["balanced"] if spec.balance is not None else []
+        said += ["with mentors"] if spec.mentor is not None else []
+        said += [one.kind for one in (spec.client, spec.server)
+                 if one.kind not in ("plain", "average")]  # fmt: skip
+        return f"parameters ({', '.join(said)})" if said else "parameters"
     if isinstance(spec, ex.Logits):
         return "logits" if spec.server_model else "logits (no server model)"
     if isinstance(spec, ex.Standalone) and spec.public:
@@ -120,6 +130,7 @@ def summarize(
         "global": last.get("global"),
         "mean": last.get("mean"),
         "clients": last.get("clients", {}),
+        "product_gap": last.get("product_gap"),
         "history": history,
         "costs": total,
         "per_client_round": per_client_round(total, experiment.rounds),

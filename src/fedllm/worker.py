@@ -14,16 +14,20 @@ from torch import Tensor
 from fedllm import experiment as ex
 from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
+from fedllm.lora import shape_fits
 from fedllm.message import Failure, Message, Role, of_role
 from fedllm.models.loading import LanguageModel
-from fedllm.states import States
+from fedllm.states import State, States
 from fedllm.strategies.base import Site, Strategy
+from fedllm.strategies.corrections import SLOT
+from fedllm.strategies.parameters import Parameters
 from fedllm.training.cohort import together
-from fedllm.training.evaluate import generate, rouge_l, statistics
+from fedllm.training.evaluate import generate, preferences, rouge_l, statistics
 from fedllm.training.jobs import Tasked
 
 LOG = logging.getLogger(__name__)
 TAKES = ("train", "replace", "evaluate")  # tasks whose tensors are parameters
+LEFT_OUT = "left-out"  # group of a client's state: what its codecs did not send (``exchange``)
 PAID = "paid"  # group of a client's state: what it computed once (``training.known``)
 REMEMBERED = 16  # answers that are kept in case they got lost, besides those of the last call
 
@@ -84,7 +88,8 @@ class Worker:
         return last[1] if last is not None and last[0] == message.id else None
 
     def _answer(self, site: Site, message: Message) -> Tasked[Message]:
-        _only_tunables(site, message)
+        controlled = isinstance(self.strategy, Parameters) and self.strategy.scaffold
+        _only_tunables(site, message, SLOT if controlled else "")
         if message.task == "evaluate":
             return (yield from self._evaluate(site, message))
         if message.task == "save":
@@ -120,6 +125,21 @@ class Worker:
             self._last[client] = (message.id, reply)
             self._last.move_to_end(client)
         return reply
+
+    def recall(self, client: str) -> dict[str, State]:
+        """What a client's codecs left out of tensors, as of the last committed round."""
+        found: dict[str, State] = {}
+        if client in self.sites:
+            for key, tensor in self.states.committed(client).items():
+                if key.startswith(f"{LEFT_OUT}/"):
+                    name, _, part = key.removeprefix(f"{LEFT_OUT}/").rpartition("//")
+                    found.setdefault(name, {})[part] = tensor
+        return found
+
+    def retain(self, client: str, states: Mapping[str, State]) -> None:
+        """Keep what they leave out in the open round."""
+        flat = {f"{name}//{part}": t for name, state in states.items() for part, t in state.items()}
+        self.sites[client].keep(LEFT_OUT, flat)
 
     def standing(self) -> dict[str, Any]:
         """What a worker in another process needs to go on in the open round."""
@@ -171,7 +191,14 @@ class Worker:
         if own or not self.strategy.evaluates_clients:
             tunables = {**self.strategy.own(site), **tunables}
         settings = site.setup.evaluation
-        sums = yield from statistics(model, tunables, test, settings.batch_size, site.meter, "eval")
+        task, size = site.setup.task, settings.batch_size
+        if task.kind == "preference":
+            reference = yield from site.reference("test", test, "eval")
+            sums = yield from preferences(
+                model, tunables, test, reference, task.beta, size, site.meter, "eval"
+            )
+        else:
+            sums = yield from statistics(model, tunables, test, size, site.meter, "eval")
         if settings.rouge_examples and test.prompts:
             with site.meter.step("eval"):
                 sums |= self._rouge(settings, model, tunables, test)
@@ -214,20 +241,28 @@ class Worker:
         self._last.clear()
 
 
-def _only_tunables(site: Site, message: Message) -> None:
+def _only_tunables(site: Site, message: Message, beside: str) -> None:
     """
     Raise FedllmError for parameters that are none of this experiment's tunables.
 
+    beside: how names end of tensors that come with these tunables, one for each; empty: of none.
+
     The base is frozen, and a site allowed these tunables and no others. Tasks that take parameters
-    take nothing else, whatever the sender calls it.
+    take nothing else, whatever the sender calls it, but what an optimizer remembers of tunables.
     """
     models = [model for model in (site.model, site.server_model) if model is not None]
     takes = message.task in TAKES
     for name, tensor in message.tensors.items():
         if not takes and message.roles[name] is not Role.PARAMETER:
             continue
-        fits = [model for model in models if name in model.initial
-                and model.initial[name].shape == tensor.shape]  # fmt: skip
+        of, mark, slot = name.partition("|")
+        shapes = [tuple(model.initial[of].shape) for model in models if of in model.initial]
+        if not mark or (message.task == "train" and mark + slot == beside):
+            fits = any(shape_fits(of, tensor.shape, own) for own in shapes)
+        elif message.task == "replace":  # what an optimizer remembers
+            fits = bool(shapes) and tuple(tensor.shape) in ([()] if slot == "step" else shapes)
+        else:
+            fits = False
         if not fits or tensor.dtype is not torch.float32:
             raise FedllmError(
                 f"{name!r} of {tuple(tensor.shape)} is none of this experiment's tunables"

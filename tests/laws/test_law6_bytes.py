@@ -60,6 +60,7 @@ VARIANTS = [
     {"kind": "activations", "cut": 2, "server": "per-client", "labels": "client"},
     {"kind": "activations", "cut": 2, "server": "concatenated", "average_every": 2},
     {"kind": "activations", "cut": 2, "server": "sequential", "average_every": 1},
+    {"kind": "activations", "cut": [1, 3, 2]},
 ]
 CASES = [
     pytest.param(GPT2, "classification", {"kind": "lora"}),
@@ -116,7 +117,9 @@ def expected(built: Federation, site: Any, spec: Any) -> tuple[int, int]:
             up, down = up + more[0], down + more[1]
         return up, down
     size_ = ClientSize(len(site.train), site.train.tokens, int(site.train.targets.sum()))
-    half = costs.tunable_bytes(model, sorted(built.strategy.client_names))  # type: ignore[attr-defined]
+    split: Any = built.strategy
+    (cut,) = split._cuts([site.name]).values()
+    half = costs.tunable_bytes(model, sorted(split._names(cut)))
     averages, uploads = 1, 1
     if strategy.average_every:
         most = max(costs.batches(len(s.train), spec.training.batch_size)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from fedllm.aggregation.mean import Rule, mean, uniform
+from fedllm.aggregation.optimizers import OPTIMIZERS
+from fedllm.aggregation.unequal import UnequalRule, flexlora, hetlora, normalized, zero_pad
 
 RULES: dict[str, Rule] = {"mean": mean, "uniform": uniform}
+UNEQUAL: dict[str, UnequalRule] = {
+    "zero-pad": zero_pad, "normalized": normalized, "hetlora": hetlora, "flexlora": flexlora,
+}  # fmt: skip
 
-__all__ = ["RULES", "Rule", "mean", "uniform"]
+__all__ = ["OPTIMIZERS", "RULES", "UNEQUAL", "Rule", "UnequalRule", "mean", "uniform"]

@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from fedllm.codecs.base import State
+from fedllm.codecs.base import Codec, Layout, Parts, Shape, State
 
 
-class Identity:
+class Identity(Codec):
     """As it is."""
 
-    def encode(self, state: State, x: Tensor) -> tuple[State, dict[str, Tensor]]:
+    def encode(
+        self, state: State, x: Tensor, purpose: tuple[object, ...] = ()
+    ) -> tuple[State, Parts]:
         """Itself."""
         return state, {"x": x}
 
-    def decode(self, parts: dict[str, Tensor]) -> Tensor:
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Itself."""
         return parts["x"]
 
+    def layout(self, shape: Shape, kind: torch.dtype = torch.float32) -> Layout:
+        """Itself."""
+        return {"x": (shape, kind)}
 
-class Half:
+
+class Half(Codec):
     """
-    float16: half the bytes. Relative error at most 2^-11 within its range; biased by none
-    (round to nearest even). Values beyond 65,504 are clamped to it.
+    Two bytes a number. Rounded to the nearest, biased by none.
+
+    float16: relative error at most 2^-11 within its range, absolute at most 2^-25 below it; values
+    beyond 65,504 are clamped to it. bfloat16: relative error at most 2^-8, and float32's range.
     """
 
-    def encode(self, state: State, x: Tensor) -> tuple[State, dict[str, Tensor]]:
-        """float32 -> float16."""
-        limit = torch.finfo(torch.float16).max
-        return state, {"x": x.clamp(-limit, limit).half()}
+    def __init__(self, kind: torch.dtype) -> None:
+        """kind: float16 or bfloat16."""
+        self.kind, self.limit = kind, torch.finfo(kind).max
 
-    def decode(self, parts: dict[str, Tensor]) -> Tensor:
-        """float16 -> float32."""
+    def encode(
+        self, state: State, x: Tensor, purpose: tuple[object, ...] = ()
+    ) -> tuple[State, Parts]:
+        """float32 -> two bytes."""
+        return state, {"x": x.clamp(-self.limit, self.limit).to(self.kind)}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Two bytes -> float32."""
         return parts["x"].float()
+
+    def layout(self, shape: Shape, kind: torch.dtype = torch.float32) -> Layout:
+        """Two bytes a number."""
+        return {"x": (shape, self.kind)}

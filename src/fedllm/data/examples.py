@@ -34,7 +34,8 @@ class Examples:
     prompts, responses: text, kept for Rouge-L.  unk: the token ``<unk>``; -1: there is none.
     hash: of the text, to see that two sites hold the same public set whatever their tokenizers.
     option: number of a row among the options of its question, the rows of which follow one another
-    and begin with the right one, number 0 (held-out rows of multiple choice; empty otherwise).
+    and begin with the right one, number 0 (held-out rows of multiple choice; of preference, where
+    0 is the better response and 1 the other; empty otherwise).
     origin: the set that these rows were taken from, and which of its rows they are.
     """
 
@@ -58,6 +59,11 @@ class Examples:
     def cases(self) -> int:
         """Rows of the source: questions where each has a row for every option."""
         return int((self.option == 0).sum()) if len(self.option) else len(self)
+
+    @cached_property
+    def heads(self) -> Ints:
+        """First row of each case."""
+        return np.flatnonzero(self.option == 0) if len(self.option) else np.arange(len(self))
 
     def row(self, number: int) -> Ints:
         """Tokens of one row."""
@@ -210,8 +216,8 @@ class Encoder:
     def columns(self) -> tuple[str, ...]:
         """Columns that every source must have."""
         if self.data.prompt is not None and self.data.response is not None:
-            listed = () if self.data.options is None else (self.data.options,)
-            return tuple(dict.fromkeys((self.data.prompt, self.data.response, *listed)))
+            more = [name for name in (self.data.options, self.data.rejected) if name is not None]
+            return tuple(dict.fromkeys((self.data.prompt, self.data.response, *more)))
         if self.task.kind == "classification":
             return (self.data.text, self.data.label)
         return (self.data.text,)
@@ -232,6 +238,8 @@ class Encoder:
                 {**row, self.data.response: choices.question(row, self.data, where)[0]}
                 for row in rows
             ])  # fmt: skip
+        elif self.task.kind == "preference":
+            found = self._paired(rows, where)
         elif self.data.prompt is not None:
             found = self._answered(rows)
         else:
@@ -280,6 +288,47 @@ class Encoder:
             utf8=np.array(utf8, np.int64),
             unk=self.unk,
             option=np.array(numbers, np.int64),
+        )
+
+    def _paired(self, rows: Sequence[dict[str, str]], where: str) -> Examples:
+        """
+        Two rows a pair: prompt, better response, end; the same prompt, the other response, end.
+
+        A response that is too long is cut and does not end; a prompt loses the same beginning for
+        both. Raises FedllmError for an empty response, and for two that are (cut) the same.
+        """
+        assert self.data.prompt is not None
+        columns = (self.data.response, self.data.rejected)
+        eos = self.tokenizer.eos_token_id
+        end = [] if eos is None else [eos]
+        room = max(self.max_tokens - 1 - len(end), 1)
+        ids, starts, utf8 = [], [], []
+        for number, row in enumerate(rows, 1):
+            answers = []
+            for column in columns:
+                assert column is not None
+                tokens = self._ids(row[column])
+                if not tokens:
+                    raise FedllmError(f"{where}: row {number}: no token in {column!r}")
+                answers.append(tokens[:room] + (end if len(tokens) <= room else []))
+                utf8.append(len(row[column].encode()))
+            if answers[0] == answers[1]:
+                raise FedllmError(
+                    f"{where}: row {number}: {columns[0]!r} and {columns[1]!r} say the same "
+                    f"({row[str(columns[0])][:40]!r}, within data.max_tokens = {self.max_tokens}); "
+                    "leave such rows out, or raise the limit"
+                )
+            left = self.max_tokens - max(map(len, answers))
+            prompt = self.prompt(row[self.data.prompt])[-left:]
+            ids += [prompt + answer for answer in answers]
+            starts += [len(prompt)] * 2
+        return Examples(
+            *packed(ids),
+            labels=EMPTY,
+            start=np.array(starts, np.int64),
+            utf8=np.array(utf8, np.int64),
+            unk=self.unk,
+            option=np.tile(np.arange(2), len(rows)),
         )
 
     def _classified(self, rows: Sequence[dict[str, str]], where: str) -> Examples:

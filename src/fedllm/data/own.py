@@ -31,13 +31,23 @@ def division(
             "compute; choose 'parameters', 'logits' or 'activations'"
         )
     spec = experiment.strategy
-    if isinstance(spec, ex.Logits) and spec.client_models and not isinstance(
-        spec.client_models, dict
-    ):  # fmt: skip
+    if getattr(spec, "cut", None) == "auto":
         raise FedllmError(
-            "strategy.client_models: sites have no turn; expected a table that says which site has "
-            'which model, e.g. { bank-a = "NAME" }'
+            "strategy.cut = 'auto': goes by the machines of [plan], which only a simulation has; "
+            "expected a number, or a table from sites' names to numbers"
         )
+    turns = {
+        "strategy.client_models": ("model", getattr(spec, "client_models", ())),
+        "strategy.cut": ("cut", getattr(spec, "cut", ())),
+        "tunables.ranks": ("rank", getattr(experiment.tunables, "ranks", ())),
+    }
+    for key, (what, listed) in turns.items():
+        if isinstance(listed, tuple) and listed:
+            example = {"model": '"NAME"', "cut": "2", "rank": "8"}[what]
+            raise FedllmError(
+                f"{key}: sites have no turn; expected a table that says which site has which "
+                f"{what}, e.g. {{ bank-a = {example} }}"
+            )
     if experiment.evaluation.on != "test":
         raise FedllmError("evaluation.on: a site has training and test rows; choose 'test'")
     clients = {}

@@ -19,11 +19,15 @@ NAME = "fedllm-blocks"
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring blocks of equal length. mask: which keys a query sees, None: all."""
+    """
+    Neighbouring blocks of equal length. mask: which keys a query sees, None: all. lengths: real
+    tokens of each row, None: all.
+    """
 
     rows: int
     length: int
     mask: Tensor | None
+    lengths: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Layout:
         self.attention = _written if written else _fused
         self.chosen = chosen
         self.narrowed: Tensor | None = None
+        self.slots: Slots | None = None  # who wants to know what attention a cell received
         self.causal, self.prefix = causal, prefix
         self.before = 0 if prefix is None else prefix.shape[-2]
         lengths = None if inputs.lengths is None else inputs.lengths + extra
@@ -61,7 +66,8 @@ class Layout:
         begin = 0
         for rows, length in _joined(inputs.blocks):
             mine = None if lengths is None else lengths[begin : begin + rows]
-            self.runs.append(Run(rows, length + extra, self._mask(length + extra, mine)))
+            mask = self._mask(length + extra, mine)
+            self.runs.append(Run(rows, length + extra, mask, mine))
             begin += rows
         self.cells = [run.rows * run.length for run in self.runs]
 
@@ -108,7 +114,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """[1, heads, cells, width] of query, key and value -> [1, cells, heads, width]."""
     parts = [torch.split(t.transpose(1, 2)[0], layout.cells) for t in (query, key, value)]
-    done, begin = [], 0
+    done, begin, noted = [], 0, []
+    watch = layout.slots is not None and layout.slots.watched == module.layer_idx
     for run, *qkv in zip(layout.runs, *parts, strict=True):
         q, k, v = (t.unflatten(0, (run.rows, run.length)).transpose(1, 2) for t in qkv)
         if layout.prefix is not None:
@@ -120,10 +127,37 @@ def attend(
         mask, causal = run.mask, layout.causal and not layout.before
         if sliding_window and layout.causal and run.length + layout.before > sliding_window:
             mask, causal = _window(run.length, layout.before, sliding_window, q.device), False
+        if watch:
+            noted.append(_received(q, k, mask, causal, scaling, run.lengths))
         out = layout.attention(q, k, v, mask, causal, scaling, dropout)
         done.append(out.transpose(1, 2).flatten(0, 1))
         begin += run.rows
+    if watch and layout.slots is not None:
+        layout.slots.received = torch.cat(noted)
     return (done[0] if len(done) == 1 else torch.cat(done))[None], None
+
+
+@torch.no_grad()
+def _received(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None,
+    lengths: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """
+    What attention each token receives, the mean over heads and real queries: [rows * tokens].
+
+    q, k: [rows, heads, tokens, width].  Written out, as fused attention keeps no weights.
+    """
+    tokens = q.shape[2]
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        mask = torch.ones((tokens, tokens), dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.float().softmax(-1).mean(1)
+    if lengths is None:
+        return weights.mean(1).flatten()
+    real = torch.arange(tokens, device=q.device) < lengths[:, None]
+    return ((weights * real[:, :, None]).sum(1) / lengths[:, None] * real).flatten()
 
 
 def _window(length: int, before: int, window: int, device: torch.device) -> Tensor:

@@ -223,7 +223,8 @@ class Core(nn.Module):
         layout = Layout(
             inputs, self.family.decoder, extra, self._past(inputs), chosen, self.slots.written
         )
-        positions = inputs.positions(extra, layout.before)
+        layout.slots = self.slots
+        positions = inputs.positions(extra, layout.before) if inputs.at is None else inputs.at
         if self.family.decoder:
             known["use_cache"] = False
         backbone = self.model.get_submodule(self.family.backbone)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError
+from fedllm.lora import A, rank_of, shape_fits
 from fedllm.models.loading import LanguageModel, load_tokenizer, source_of
 from fedllm.models.slots import LoraLinear
 from fedllm.models.tunables import lora_config, virtual_config
@@ -41,13 +42,16 @@ def save_adapter(
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = dict(model.whole.named_parameters())
-    head = {name: own[name] for name in model.head}  # a frozen one is needed all the same
+    # a frozen head or factor is needed all the same
+    kept = {name: t for name, t in own.items() if name in model.head or A in name}
     tensors = {
         outside(name, model.spec): t.detach().cpu().contiguous()
-        for name, t in {**head, **tunables}.items()
+        for name, t in {**kept, **tunables}.items()
     }
     safetensors.torch.save_file(tensors, folder / WEIGHTS)
     spec = model.spec
+    if isinstance(spec, ex.Lora):
+        spec = spec.model_copy(update={"rank": rank_of(tunables)})  # a schedule may end lower
     if isinstance(spec, ex.Lora | ex.Prompt | ex.Prefix):
         config = (
             lora_config(spec, model.model, model.classification)
@@ -85,7 +89,7 @@ def load_adapter(model: LanguageModel, folder: Path) -> dict[str, Tensor]:
     found = {}
     for name, tensor in model.initial.items():
         value = stored.get(outside(name, model.spec))
-        if value is None or value.shape != tensor.shape:
+        if value is None or not shape_fits(name, value.shape, tensor.shape):
             raise FedllmError(f"{path}: does not fit the model {model.name!r} (tensor {name!r})")
         found[name] = value.to(tensor.device)
     return found

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedllm.lora import shape_at
 from fedllm.models.core import Core
 from fedllm.models.inputs import Block, Inputs
 
@@ -26,17 +27,20 @@ NODES = (4, 8, 16, 12)  # lengths that are counted; the last one confirms
 
 def count(
     core: Core, trained: frozenset[str], length: int, rows: int, selected: int, backward: bool,
-    input_grad: bool,
+    input_grad: bool, rank: int = 0,
 ) -> int:  # fmt: skip
     """
     FLOPs of one pass over ``rows`` rows of ``length`` tokens, counted on the meta device.
+
+    rank: of LoRA, where it is another than the model's own.
 
     selected: number of token logits (0: class logits). input_grad: the input is activations
     whose gradient is wanted too.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in [*core.named_parameters(), *core.named_buffers()]:
-        meta = torch.empty_like(tensor, device="meta")
+        shape = shape_at(name, tensor.shape, rank) if rank else tensor.shape
+        meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
         tensors[name] = meta.requires_grad_(backward and name in trained)
     cells = rows * length
     if core.starts:
@@ -82,17 +86,22 @@ class FlopCounter:
 
     def __init__(
         self, core: Core, trained: frozenset[str],
-        cache: dict[tuple[object, ...], int] | None = None,
+        cache: dict[tuple[object, ...], int] | None = None, rank: int = 0,
     ) -> None:  # fmt: skip
-        """``trained``: names of the tunables, which get gradients."""
+        """
+        trained: names of the tunables, which get gradients.
+
+        rank: of LoRA, where it is another than the model's own.
+        """
         self.core, self.trained = core, trained
+        self.rank, self._of = rank, (core.key, rank) if rank else core.key
         self._cache = {} if cache is None else cache
 
     def _count(self, length: int, selected: int, backward: bool, input_grad: bool) -> int:
-        key = (self.core.key, length, selected, backward, input_grad)
+        key = (self._of, length, selected, backward, input_grad)
         if key not in self._cache:
             self._cache[key] = count(
-                self.core, self.trained, length, 1, selected, backward, input_grad
+                self.core, self.trained, length, 1, selected, backward, input_grad, self.rank
             )
         return self._cache[key]
 
@@ -121,7 +130,7 @@ class FlopCounter:
 
         ``backward``: forward and backward together.
         """
-        key = (self.core.key, tuple(blocks), bool(selected), backward, input_grad)
+        key = (self._of, tuple(blocks), bool(selected), backward, input_grad)
         if key not in self._cache:
             one = 1 if selected else 0
             self._cache[key] = sum(

@@ -24,7 +24,8 @@ class Inputs:
     stand before each row's own.  blocks: (rows, length) of each; its rows are right-padded to
     that length, virtual tokens not counted.  lengths: real tokens of each row [rows]; None: all
     rows are full.  select: cells whose token logits are wanted, virtual tokens not counted.
-    slots: how many blocks belong to each client, where several train together.
+    slots: how many blocks belong to each client, where several train together.  at: the place of
+    each cell in the row that it comes from [cells], where others of it were left out.
     """
 
     x: Tensor
@@ -32,6 +33,7 @@ class Inputs:
     lengths: Tensor | None = None
     select: Tensor | None = None
     slots: tuple[int, ...] = ()
+    at: Tensor | None = None
 
     @staticmethod
     def of(x: Tensor, lengths: Tensor | None = None, select: Tensor | None = None) -> Inputs:
@@ -110,10 +112,12 @@ def beside(parts: Sequence[Inputs]) -> Inputs:
         if part.select is not None:
             selects.append(part.select + offset)
         offset += part.cells
+    places = [part.at for part in parts if part.at is not None]
     return Inputs(
         torch.cat([part.x for part in parts]),
         tuple(block for part in parts for block in part.blocks),
         None if full else torch.cat([part.full_lengths() for part in parts]),
         torch.cat(selects) if selects else None,
         tuple(len(part.blocks) for part in parts),
+        torch.cat(places) if places else None,
     )

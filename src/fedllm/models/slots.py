@@ -23,6 +23,8 @@ class Slots:
         self.written = False  # attention in single products, to be counted
         self.sizes: tuple[int, ...] = ()
         self.draws: Sequence[torch.Generator] = ()
+        self.watched: int | None = None  # the block whose attention is noted
+        self.received = torch.empty(0)  # by each cell there, as a mean over heads and queries
 
     @property
     def runs(self) -> list[tuple[int, int]]:

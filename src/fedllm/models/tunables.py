@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError, nearest
+from fedllm.lora import B
 from fedllm.models.families import FAMILIES, Family
 
 
@@ -65,7 +66,8 @@ def install(
         return {}, biases
     if isinstance(spec, ex.Adapter):
         return {}, {n for n in names - before if ".down." in n or ".up." in n}
-    return {}, {name for name in names if ".lora_" in name}
+    frozen = isinstance(spec, ex.Lora) and spec.freeze_a
+    return {}, {name for name in names if (B if frozen else ".lora_") in name}
 
 
 def head_names(model: Any) -> set[str]:

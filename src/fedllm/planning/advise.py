@@ -10,10 +10,11 @@ from typing import Any
 from fedllm import experiment as ex
 from fedllm.costs import Blueprint
 from fedllm.errors import FedllmError, nearest
-from fedllm.planning.estimator import Estimator
-from fedllm.planning.lines import Line, line
+from fedllm.estimates.estimator import Estimator
+from fedllm.estimates.lines import Line, line
+from fedllm.estimates.sizes import Sizes
 from fedllm.planning.plan import RANKS, SIZE, options
-from fedllm.planning.sizes import Sizes, anew, sizes
+from fedllm.planning.sizes import anew, sizes
 from fedllm.report.tables import amount, size
 from fedllm.strategies.activations import check_cut
 
@@ -242,7 +243,8 @@ def _choice(estimator: Estimator, spec: ex.Strategy, rank: int, data: Sizes) -> 
     model = estimator.model
     weights, labels, cut, where = spec.kind == "parameters", False, 0, ""
     if isinstance(spec, ex.Activations):
-        cut, where, labels = spec.cut, spec.labels, spec.labels == "server"
+        where, labels = spec.labels, spec.labels == "server"
+        cut = spec.cut if isinstance(spec.cut, int) else 0
         weights = _shared(estimator, spec)
     if isinstance(spec, ex.Parameters) or where == "client":
         head = model.spec.head == "shared" and bool(set(model.initial) & model.head)
@@ -290,7 +292,10 @@ def resized(experiment: ex.Experiment, rank: int) -> ex.Experiment:
     key = SIZE.get(experiment.tunables.kind)
     if key is None:
         return experiment
-    changed: Any = experiment.tunables.model_copy(update={key: rank})
+    spec = experiment.tunables
+    changed: Any = spec.even(rank) if isinstance(spec, ex.Lora) else spec.model_copy(
+        update={key: rank}
+    )  # fmt: skip
     return experiment.replace(tunables=changed)
 
 

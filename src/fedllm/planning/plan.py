@@ -7,9 +7,23 @@ from dataclasses import dataclass
 
 from fedllm import costs
 from fedllm import experiment as ex
-from fedllm.planning.estimator import Estimator
-from fedllm.planning.lines import Line, line
-from fedllm.planning.sizes import Sizes, sizes
+from fedllm.estimates.estimator import Estimator
+from fedllm.estimates.lines import Line, line, split_pieces
+from fedllm.estimates.sizes import Sizes
+from fedllm.planning.sizes import sizes
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """
+    One way to cut everybody's model: how many clients have each cut, and whose machines lack the
+    memory for theirs.
+    """
+
+    name: str
+    clients: dict[int, int]
+    line: Line
+    small: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -18,7 +32,8 @@ class Plan:
     The three strategies side by side.
 
     base, tunable: numbers in the model.  break_even: public rows a round below which logits send
-    less than parameters, by rank (or what takes its place), head included.
+    less than parameters, by rank (or what takes its place), head included.  cuttings: where cuts go
+    by machines, these beside every cut that is the same for all.
     """
 
     title: str
@@ -28,6 +43,7 @@ class Plan:
     break_even: dict[int, float]
     facts: dict[str, str]
     notes: tuple[str, ...]
+    cuttings: tuple[Cutting, ...] = ()
 
 
 SIZE = {"lora": "rank", "adapter": "width", "prompt": "tokens", "prefix": "tokens"}
@@ -48,12 +64,31 @@ def look(experiment: ex.Experiment) -> Plan:
     data = sizes(experiment)
     estimator = Estimator(experiment, data.labels)
     lines = tuple(line(estimator, spec, data) for spec in options(experiment))
-    return plan_of(experiment, data, estimator, lines)
+    return plan_of(experiment, data, estimator, lines, tuple(_cuttings(estimator, data)))
+
+
+def _cuttings(estimator: Estimator, data: Sizes) -> Iterator[Cutting]:
+    """Cuts by machines, where the file asks for them, then each cut for everybody."""
+    (spec,) = (one for one in options(estimator.experiment) if isinstance(one, ex.Activations))
+    if spec.cut != "auto":
+        return
+    fixed = [spec.model_copy(update={"cut": cut}) for cut in range(1, estimator.model.blocks)]
+    for one in (spec, *fixed):
+        found = line(estimator, one, data)
+        if found.refused:
+            continue
+        clients: dict[int, int] = {}
+        for crowd, cut in split_pieces(estimator, one, data):
+            clients[cut] = clients.get(cut, 0) + crowd.count
+        small = (s.name for s in found.shares if s.limit is not None and s.memory > s.limit)
+        name = "by machine" if one is spec else f"{one.cut} for all"
+        yield Cutting(name, dict(sorted(clients.items())), found, tuple(small))
 
 
 def plan_of(
-    experiment: ex.Experiment, data: Sizes, estimator: Estimator, lines: tuple[Line, ...]
-) -> Plan:
+    experiment: ex.Experiment, data: Sizes, estimator: Estimator, lines: tuple[Line, ...],
+    cuttings: tuple[Cutting, ...] = (),
+) -> Plan:  # fmt: skip
     """The plan around these lines."""
     model = estimator.model
     count = sum(tensor.numel() for tensor in model.initial.values())
@@ -69,7 +104,7 @@ def plan_of(
     return Plan(
         f"{experiment.name}: plan", model.base_bytes // 4, count, lines,
         even_rows(experiment, data, estimator), facts,
-        (*data.notes, *_notes(experiment, estimator)),
+        (*data.notes, *_notes(experiment, estimator)), cuttings,
     )  # fmt: skip
 
 
@@ -80,9 +115,10 @@ def even_rows(experiment: ex.Experiment, data: Sizes, estimator: Estimator) -> d
     if not model.classification:
         public = data.public if len(data.public.lengths) else data.crowds[0].train
         per_row = public.size.units / max(public.size.rows, 1)
-    codecs: dict[str, str] = dict(experiment.exchange.codecs)  # type: ignore[arg-type]
+    codecs = dict(experiment.exchange.codecs)
     (taught,) = (one for one in options(experiment) if isinstance(one, ex.Logits))
-    now = costs.break_even(model, per_row, codecs, taught)
+    (sent,) = (one for one in options(experiment) if isinstance(one, ex.Parameters))
+    now = costs.break_even(model, per_row, codecs, taught, sent)  # type: ignore[arg-type]
     key = SIZE.get(spec.kind)
     if key is None:
         return {0: now}
@@ -105,11 +141,15 @@ def _notes(experiment: ex.Experiment, estimator: Estimator) -> Iterator[str]:
             f"{model.untouched} of {model.blocks} blocks lie below everything that is trained: "
             "they run once for each row (model.cache), spread here over the rounds"
         )
+    if isinstance(experiment.strategy, ex.Parameters) and experiment.strategy.prune is not None:
+        yield "strategy.prune: bytes and FLOPs are those of the ranks at the start"
     if experiment.model.precision == "bf16":
         yield "memory is that of float32; bf16 keeps less between forward and backward"
     if model.family is None:
         kind = model.model.config.model_type
         yield f"models of type {kind!r}: memory with attention written out, an upper bound"
-    unknown = {c for c in experiment.exchange.codecs.values() if c not in costs.SHARE}
-    if unknown:
-        yield f"codecs {sorted(unknown)}: their savings are not foreseen, bytes are without them"
+    if open_ended := costs.inexact(experiment.exchange.codecs):  # type: ignore[arg-type]
+        yield (
+            f"codecs {open_ended}: what they save depends on the data, bytes are the most that "
+            "they can be"
+        )

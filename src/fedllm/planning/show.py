@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedllm.errors import FedllmError, nearest
+from fedllm.estimates.lines import Line
 from fedllm.planning.advise import Advice, Choice
-from fedllm.planning.lines import Line
-from fedllm.planning.plan import Plan
+from fedllm.planning.plan import Cutting, Plan
 from fedllm.report.tables import amount, markdown, size
 
 FORMATS = ("table", "md", "json")
@@ -24,6 +24,7 @@ CAPTION = (
     "bytes: whole frames of a client and round; FLOPs and seconds: of a round; memory: tensors, at "
     "most; nothing was run"
 )
+CUTTINGS = ["cut", "clients at each", "seconds a round", "client memory", "too large for"]
 CHOICES = ["choice", "bytes", "client FLOPs", "client memory", "seconds"]
 
 
@@ -35,6 +36,12 @@ def _row(line: Line) -> list[str]:
         amount("flops", line.server_flops), size(line.memory), size(line.server_memory),
         f"{line.seconds:.1f}",
     ]  # fmt: skip
+
+
+def _cutting(cutting: Cutting) -> list[str]:
+    cuts = ", ".join(f"{cut}: {count:,}" for cut, count in cutting.clients.items())
+    return [cutting.name, cuts, f"{cutting.line.seconds:.1f}", size(cutting.line.memory),
+            ", ".join(cutting.small)]  # fmt: skip
 
 
 def _choice(choice: Choice) -> list[str]:
@@ -80,6 +87,8 @@ def text(plan: Plan, advice: Advice | None, form: str) -> str:
     parts = [f"# {plan.title}", *(f"- {key}: {value}" for key, value in _facts(plan).items())]
     parts += ["", markdown(HEADER, [_row(line) for line in plan.lines]), "", CAPTION]
     parts += [f"- note: {note}" for note in _notes(plan)]
+    if plan.cuttings:
+        parts += ["", "## Cuts", "", markdown(CUTTINGS, [_cutting(one) for one in plan.cuttings])]
     if advice is not None:
         parts += ["", "## What fits", "", *_advice(advice), ""]
         parts += [markdown(CHOICES, [_choice(choice) for choice in advice.front]), ""]
@@ -105,6 +114,13 @@ def as_data(plan: Plan, advice: Advice | None) -> dict[str, Any]:
         "break_even": {str(rank): rows for rank, rows in plan.break_even.items()},
         "facts": plan.facts, "notes": _notes(plan),
     }  # fmt: skip
+    if plan.cuttings:
+        found["cuts"] = [
+            {"name": one.name, "clients": {str(c): n for c, n in one.clients.items()},
+             "seconds": one.line.seconds, "client_memory": one.line.memory,
+             "too_large_for": list(one.small)}
+            for one in plan.cuttings
+        ]  # fmt: skip
     if advice is not None:
         found["advice"] = {
             "best": advice.best and _plain(advice.best),
@@ -132,6 +148,9 @@ def show(plan: Plan, advice: Advice | None) -> None:
     console.print(_table("", CAPTION, HEADER, [_row(line) for line in plan.lines]))
     for note in _notes(plan):
         console.print(f"note: {note}", style="yellow", markup=False)
+    if plan.cuttings:
+        rows = [_cutting(one) for one in plan.cuttings]
+        console.print(_table("cuts", "blocks at the clients", CUTTINGS, rows))
     if advice is None:
         return
     for sentence in _advice(advice):

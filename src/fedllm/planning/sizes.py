@@ -2,156 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-
-import numpy as np
+from dataclasses import replace
 
 from fedllm import experiment as ex
 from fedllm import federation
-from fedllm.costs import ClientSize
-from fedllm.data.examples import Examples, most_tokens
+from fedllm.data.examples import most_tokens
 from fedllm.data.simulation import names
 from fedllm.errors import FedllmError
-from fedllm.flat import Ints
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows: tokens and predicted units of each."""
-
-    lengths: Ints
-    targets: Ints
-
-    @staticmethod
-    def of(examples: Examples | None) -> Rows:
-        """Those of a tokenized set."""
-        if examples is None:
-            return Rows.alike(0, 1, 1)
-        return Rows(examples.lengths, examples.targets)
-
-    @staticmethod
-    def alike(count: int, tokens: float, targets: float) -> Rows:
-        """So many rows with these means."""
-        return Rows(_spread(count, tokens), _spread(count, targets))
-
-    @property
-    def size(self) -> ClientSize:
-        """What byte formulas take."""
-        return ClientSize(len(self.lengths), int(self.lengths.sum()), int(self.targets.sum()))
-
-    def resized(self, count: int) -> Rows:
-        """So many, spread evenly over these sorted by length."""
-        there = len(self.lengths)
-        if count == there:
-            return self
-        places = (np.arange(count) + 0.5) * there / count
-        which = np.argsort(self.lengths, kind="stable")[places.astype(np.int64)]
-        return Rows(self.lengths[which], self.targets[which])
-
-
-def _spread(count: int, mean: float) -> Ints:
-    """Whole numbers with this mean, as near to each other as can be."""
-    ends = np.round(np.arange(count + 1) * mean).astype(np.int64)
-    return np.maximum(np.diff(ends), 1)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Rows, padded length, tokens and predicted units of some batches."""
-
-    rows: Ints
-    lengths: Ints
-    tokens: Ints
-    units: Ints
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @staticmethod
-    def of(rows: Rows, groups: Sequence[Sequence[int]], pad_to: int | None = None) -> Batches:
-        """Those that hold these row numbers."""
-        starts = np.cumsum([0, *map(len, groups)])[:-1]
-        flat = np.concatenate([np.asarray(g, np.int64) for g in groups])
-        lengths, targets = rows.lengths[flat], rows.targets[flat]
-        longest = np.maximum.reduceat(lengths, starts)
-        return Batches(
-            np.array([len(g) for g in groups], np.int64), np.maximum(longest, pad_to or 0),
-            np.add.reduceat(lengths, starts), np.add.reduceat(targets, starts),
-        )  # fmt: skip
-
-    @staticmethod
-    def joined(parts: Sequence[Batches]) -> Batches:
-        """All of them."""
-        none = np.zeros(0, np.int64)
-        columns = ("rows", "lengths", "tokens", "units")
-        return Batches(*(np.concatenate([none, *(getattr(p, c) for p in parts)]) for c in columns))
-
-    def largest(self) -> list[Shape]:
-        """The shapes among which the one that takes most memory is."""
-        cells = self.rows * self.lengths
-        found = {int(cells.argmax())}
-        if bool((self.units != self.rows).any()):  # token logits, which may weigh more
-            found.add(int(self.units.argmax()))
-        return [
-            Shape(int(self.rows[i]), int(self.lengths[i]), int(self.tokens[i]) == int(cells[i]),
-                  int(self.units[i]))
-            for i in sorted(found)
-        ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One batch: rows, their padded length, whether none is padded, predicted units."""
-
-    rows: int
-    length: int
-    full: bool
-    units: int
-
-
-@dataclass(frozen=True, eq=False)
-class Crowd:
-    """
-    Clients that are alike: how many, their rows, tokens held out, and their machines.
-
-    name: what a plan calls them.  client: what one of them is called in frames.
-    """
-
-    name: str
-    client: str
-    count: int
-    train: Rows
-    held_out: int
-    site: ex.PlanSite
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """
-    Everybody's rows, and those that are public; labels; the longest row there may be.
-
-    refused: why nothing can run with these.
-    """
-
-    crowds: tuple[Crowd, ...]
-    public: Rows
-    labels: int
-    longest: int
-    notes: tuple[str, ...] = ()
-    refused: str = ""
-
-    @cached_property
-    def few(self) -> bool:
-        """Whether rows have two lengths at most."""
-        found = [np.unique(rows.lengths) for rows in (self.public, *(c.train for c in self.crowds))]
-        return len(np.unique(np.concatenate(found))) < 3
-
-    @cached_property
-    def clients(self) -> int:
-        """How many there are."""
-        return sum(crowd.count for crowd in self.crowds)
+from fedllm.estimates.sizes import Crowd, Rows, Sizes, crowds, sites
 
 
 def sizes(experiment: ex.Experiment) -> Sizes:
@@ -177,18 +35,10 @@ def sizes(experiment: ex.Experiment) -> Sizes:
     labels = labels or len(prepared.labels)
     if spec.rows is not None or spec.tokens is not None or any(s.rows for s in spec.sites):
         return _described(experiment, labels, prepared)
-    sites = [site for site in _sites(experiment) for _ in range(site.count)]
-    crowds = tuple(
-        Crowd(name, name, 1, Rows.of(data.train), data.test.tokens, site)
-        for (name, data), site in zip(prepared.clients.items(), sites, strict=True)
-    )
     rows = Rows.of(prepared.clients.train).size
     public = _public(experiment, Rows.of(prepared.public), rows.tokens / rows.rows)
-    return Sizes(crowds, public, labels, prepared.longest, prepared.notes)
-
-
-def _sites(experiment: ex.Experiment) -> tuple[ex.PlanSite, ...]:
-    return experiment.plan.sites or (ex.PlanSite(count=experiment.simulation.clients),)
+    everybody, listed = crowds(experiment, prepared.clients), tuple(prepared.clients)
+    return Sizes(everybody, listed, public, labels, prepared.longest, prepared.notes)
 
 
 def _described(
@@ -210,16 +60,17 @@ def _described(
     per_row = 1.0 if experiment.task.kind == "classification" else (
         spec.targets or (read.units / read.rows if read else max(tokens - 1, 1))
     )  # fmt: skip
-    first, rows = names(experiment.simulation.clients)[0], spec.rows or round(mean)
-    crowds = tuple(
-        Crowd(name, first, site.count, Rows.alike(site.rows or rows, tokens, min(per_row, tokens)),
-              0, site)
-        for name, site in zip(spec.names, _sites(experiment), strict=True)
+    listed, rows = tuple(names(experiment.simulation.clients)), spec.rows or round(mean)
+    everybody = tuple(
+        Crowd(name, listed[0], site.count,
+              Rows.alike(site.rows or rows, tokens, min(per_row, tokens)), 0, site)
+        for name, site in zip(spec.names, sites(experiment), strict=True)
     )  # fmt: skip
     known = Rows.of(prepared.public) if prepared else Rows.alike(
         experiment.public.size, tokens, _shown(experiment, tokens)
     )  # fmt: skip
-    return Sizes(crowds, _public(experiment, known, tokens), labels, limit(experiment))
+    public = _public(experiment, known, tokens)
+    return Sizes(everybody, listed, public, labels, limit(experiment))
 
 
 def limit(experiment: ex.Experiment) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,10 @@ def look(experiment: ex.Experiment) -> dict[str, Any]:
         experiment.public.size or experiment.public.source
         or "logits" not in experiment.compare.strategies
     ) else [compare.Part(experiment.strategy.kind, experiment.strategy)]  # fmt: skip
+    spec = experiment.tunables
+    changing = isinstance(spec, ex.Lora) and spec.changing
+    if changing:  # other strategies have one rank
+        listed = []
     if all(part.strategy != experiment.strategy for part in listed):
         listed = [compare.Part(experiment.strategy.kind, experiment.strategy), *listed]
     rows = []
@@ -81,14 +86,16 @@ def look(experiment: ex.Experiment) -> dict[str, Any]:
     for part in listed:
         one = experiment.replace(strategy=part.strategy)
         central = part.strategy.kind == "centralized"
-        whose, count = (everybody, 1) if central else (mean, len(sizes))
-        rows.append(_line(one, model, whose, public, count, per_token, speed))
+        whose, whom = (everybody, ["all"]) if central else (mean, list(sizes))
+        rows.append(_line(one, model, whose, public, whom, per_token, speed))
     notes = list(prepared.notes)
     if model.untouched and experiment.model.cache:
         notes.append(
             f"{model.untouched} of {model.blocks} blocks are below everything that is trained: "
             "they run once for each row, so FLOPs and seconds will be lower than said here"
         )
+    if changing:
+        notes.append("clients' ranks differ or change: FLOPs and seconds are of the largest")
     labels = f"{len(prepared.labels)} labels" if prepared.labels else "no labels"
     train = [s.rows for s in sizes.values()]
     tests = [data.test.cases for data in prepared.clients.values()]
@@ -128,16 +135,30 @@ def _public(experiment: ex.Experiment, public: Examples | None) -> PublicSize:
     return PublicSize(rows, round(public.tokens * share), round(int(public.targets.sum()) * share))
 
 
+def _mean_payload(
+    experiment: ex.Experiment, model: LanguageModel, spec: ex.Parameters, names: Sequence[str]
+) -> float:
+    """Bytes that a client sends, and gets: the mean of the clients and rounds."""
+    tunables = experiment.tunables
+    if not isinstance(tunables, ex.Lora):
+        return costs.parameters_payload(model, spec)[0]
+    shares = tunables.shares(names, experiment.rounds).values()
+    paid = (part * costs.parameters_payload(model, spec, rank)[0]
+            for ranks in shares for rank, part in ranks.items())  # fmt: skip
+    return sum(paid) / len(names)
+
+
 def _line(
     experiment: ex.Experiment, model: LanguageModel, client: ClientSize, public: PublicSize,
-    clients: int, per_token: float, speed: float,
+    whom: Sequence[str], per_token: float, speed: float,
 ) -> list[str]:  # fmt: skip
     spec, epochs = experiment.strategy, experiment.training.epochs
     train = client.tokens * epochs * per_token
-    up = down = 0
-    server = 0.0
+    up: float
+    down: float
+    up = down = server = 0.0
     if isinstance(spec, ex.Parameters):
-        up, down = costs.parameters_payload(model)
+        up = down = _mean_payload(experiment, model, spec, whom)
     elif isinstance(spec, ex.Logits):
         up, down = costs.logits_payload(model, public, spec)
         # distillation costs as much a token as training, a forward pass about 40 % of it
@@ -147,7 +168,10 @@ def _line(
     elif isinstance(spec, ex.Activations):
         from fedllm.strategies.activations import check_cut
 
-        cut = check_cut(spec, model)
+        listed = list(spec.cut.values() if isinstance(spec.cut, dict) else spec.cut) \
+            if not isinstance(spec.cut, int | str) else [0]  # fmt: skip
+        each = [check_cut(spec, model, own) for own in listed]
+        cut = round(sum(each) / len(each))
         names = set(model.tunables_of(model.part("client", cut)))
         if spec.labels == "client":
             names |= set(model.tunables_of(model.part("tail", cut)))
@@ -155,7 +179,7 @@ def _line(
         number = costs.batches(client.rows, experiment.training.batch_size) * epochs
         averages = 1 + (number - 1) // spec.average_every if spec.average_every else 1
         up, down = costs.activations_payload(model, spec, client, epochs, half, averages)
-        server = train * (1 - cut / model.blocks) * clients
+        server = train * (1 - cut / model.blocks) * len(whom)
         train *= cut / model.blocks
-    seconds = (train * clients + server) * experiment.rounds / speed
+    seconds = (train * len(whom) + server) * experiment.rounds / speed
     return [variant(experiment), size(up), size(down), amount("flops", train), f"{seconds:.0f}"]

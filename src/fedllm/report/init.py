@@ -15,6 +15,7 @@ _LABEL = ("label", "labels", "category", "intent", "class", "target", "topic")
 _TEXT = ("text", "message", "sentence", "query", "utterance", "body", "content")
 _PAIRS = (("prompt", "response"), ("instruction", "output"), ("question", "answer"),
           ("instruction", "response"), ("input", "output"))  # fmt: skip
+_PREFERENCE = ("prompt", "chosen", "rejected")
 _OPTIONS = ("choices", "options", "answers", "endings")
 _QUESTION = ("query", "question", "prompt", "instruction", "input", "text")
 _RIGHT = ("gold", "answer", "label", "answer_index", "answer_idx", "target", "response")
@@ -43,6 +44,10 @@ def template(data: Path, out: Path) -> str:
     if None not in asked and rows[0][str(asked[1])].startswith("["):
         kind = "multiple-choice"
         names = zip(("prompt", "options", "response"), asked, strict=True)
+        contract = "\n".join(f"{key} = {quoted(column)}" for key, column in names)
+    elif set(_PREFERENCE) <= set(columns):
+        kind = "preference"
+        names = zip(("prompt", "response", "rejected"), _PREFERENCE, strict=True)
         contract = "\n".join(f"{key} = {quoted(column)}" for key, column in names)
     elif pair:
         contract = f"prompt = {quoted(pair[0])}\nresponse = {quoted(pair[1])}"

@@ -84,7 +84,9 @@ def _rows(entry: Entry) -> Any:
     """How many rows the quality is of; None where clients failed, or rows are not counted."""
     summary = entry.runs[0].summary
     metrics = summary["metrics"]
-    counted = {"classification": "units", "multiple-choice": "questions"}.get(summary["task"])
+    counted = {
+        "classification": "units", "multiple-choice": "questions", "preference": "units",
+    }.get(summary["task"])  # fmt: skip
     return metrics.get(counted) if counted and not metrics.get(MISSING) else None
 
 

@@ -99,6 +99,7 @@ def render(
         _sheet(sheets.clients(found)),
         _sheet(sheets.client_costs(found.entries), folded=True),
         _sheet(sheets.server(found.entries)),
+        _sheet(sheets.products(found.entries), folded=True),
         _sheet(sheets.faults(found.entries)),
         _sheet(settings, folded=len(settings.lines) > FOLDED),
         _again(again(found)),

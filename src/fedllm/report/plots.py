@@ -12,6 +12,7 @@ PRIMARY = {
     "classification": ("accuracy", "accuracy"),
     "generation": ("bits_per_byte", "bits/byte"),
     "multiple-choice": ("accuracy", "accuracy"),
+    "preference": ("accuracy", "accuracy"),
 }
 STRATEGIES = ("parameters", "logits", "activations")
 COLOURS = {

@@ -9,6 +9,7 @@ from typing import Any
 from fedllm.report import joint, ledgers, plots, tables
 from fedllm.report.gather import Entry, Gathered, Run
 from fedllm.report.tables import Sheet, amount, size
+from fedllm.round import SAID
 
 MANY = 100  # lines on the page; the CSV has all
 CLIENT_COSTS = (
@@ -72,7 +73,7 @@ def of_run(name: str, run: Run) -> Iterator[dict[str, Any]]:
         metrics = entry.get("global") or entry.get("mean") or {}
         yield {
             "run": name, "seed": run.summary["seed"], "round": entry["round"],
-            **{k: v for k, v in entry.items() if k.endswith("loss")
+            **{k: v for k, v in entry.items() if k.endswith(SAID)
                and isinstance(v, int | float)} | {},
             **{f"eval_{k}": v for k, v in metrics.items() if isinstance(v, int | float)},
             **(total if run.spent.rounds else {}),
@@ -154,6 +155,24 @@ def server(entries: Sequence[Entry]) -> Sheet:
     return Sheet("server", "The server's computation", ["run", "FLOPs", "seconds", "steps"], lines,
                  ["run", "flops_a_round", "seconds_a_round", "optimizer_steps_a_round"], data,
                  "Means per round, evaluation left out.")  # fmt: skip
+
+
+def products(entries: Sequence[Entry]) -> Sheet:
+    """How far what the server makes of LoRA's factors lies from the mean of their products."""
+    lines, data = [], []
+    for entry in entries:
+        gaps = [[e["product_gap"] for e in run.summary["history"] if "product_gap" in e]
+                for run in entry.runs]  # fmt: skip
+        if gaps and all(gaps):
+            ends = [statistics.fmean(gap[place] for gap in gaps) for place in (0, -1)]
+            lines.append([entry.name, *(f"{value:.1%}" for value in ends)])
+            data.append([entry.name, *ends])
+    return Sheet(
+        "products", "Distance from the mean of products", ["run", "first round", "last round"],
+        lines, ["run", "first_round", "last_round"], data,
+        "Relative Frobenius norm over all modules, between what the common model adds and the mean "
+        "of what the clients' would add; means over seeds.",
+    )  # fmt: skip
 
 
 def clients(found: Gathered) -> Sheet:

@@ -18,6 +18,7 @@ QUALITY = {
                    ("bits_per_byte", "bits/byte", 1), ("rouge_l", "Rouge-L", 100)),
     "multiple-choice": (("accuracy", "accuracy", 100),
                         ("accuracy_per_byte", "accuracy per byte", 100), ("loss", "loss", 1)),
+    "preference": (("accuracy", "accuracy", 100), ("margin", "margin", 1), ("loss", "loss", 1)),
 }  # fmt: skip
 COSTS = (
     ("optimizer_steps", "steps"), ("bytes_up", "up"), ("bytes_down", "down"),

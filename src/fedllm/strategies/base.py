@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedllm import experiment as ex
@@ -14,15 +15,35 @@ from fedllm.data.clients import ClientData
 from fedllm.data.examples import Examples
 from fedllm.exchange import Exchange
 from fedllm.knowledge.interpreter import Interpreter
+from fedllm.lora import moved, rank_of
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.states import States
-from fedllm.training.jobs import Fit, Tasked, Trained
-from fedllm.training.learner import Plan, Span
+from fedllm.training.evaluate import likelihoods
+from fedllm.training.jobs import Fit, Penalty, Tasked, Trained
+from fedllm.training.learner import Plan, Pull, Span
 from fedllm.training.meter import Meter
-from fedllm.training.objectives import cross_entropy
+from fedllm.training.objectives import Objective, Preference, cross_entropy
+from fedllm.training.sampling import chances
 
 Group = dict[str, Tensor]
+LOSSES = "losses"  # group of a client's state: what is known of its private rows
+
+
+class Cutter(Protocol):
+    """Chooses everybody's cut from what is measured of machines and links."""
+
+    def at(self, round: int) -> dict[str, int]:
+        """By what this round measured; 0: by what is known beforehand."""
+        ...
+
+    def seconds(self, round: int, cuts: Mapping[str, int]) -> float:
+        """What a round takes with these cuts."""
+        ...
+
+    def changed(self, since: int, now: int) -> bool:
+        """Whether round ``now`` measured something far from what round ``since`` did."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +58,11 @@ class Setup:
     longest: int
     # of clients with another tokenizer than the server's: to the server, and back
     interpreters: Mapping[str, tuple[Interpreter, Interpreter]] = field(default_factory=dict)
+    task: ex.Task = field(default_factory=ex.Task)
     width: int = 0  # of the clients' hidden states, where these are what they say
+    ranks: Mapping[str, int] = field(default_factory=dict)  # of clients who have their own
+    cuts: Mapping[str, int] = field(default_factory=dict)  # of clients who have their own
+    cutter: Cutter | None = None  # where cuts are chosen as it goes
 
 
 @dataclass(frozen=True)
@@ -111,24 +136,71 @@ class Site:
             (self.setup.seed, self.name, *purpose), str(self.model.device),
         )  # fmt: skip
 
+    def private(self) -> Plan:
+        """Batches of its private rows, drawn as ``training.sampling`` says."""
+        training, train = self.setup.training, self.train
+        plan = self.plan(train, "private")
+        if training.sampling == "uniform":
+            return plan
+        return replace(plan, chances=chances(self._losses(len(train)), training.sampling_floor))
+
+    def _losses(self, rows: int) -> Tensor:
+        """The last known loss of each private row; NaN where there is none."""
+        return self.group(LOSSES).get("rows", torch.full((rows,), torch.nan))
+
+    def learnt(self, losses: Mapping[int, float], rows: int) -> None:
+        """Note losses of some of its private rows, by their numbers."""
+        if losses:
+            known = self._losses(rows).clone()
+            known[torch.tensor(list(losses))] = torch.tensor(list(losses.values()))
+            self.keep(LOSSES, {"rows": known})
+
     def fine_tune(
-        self, tunables: Group, step: str, first: int | None = None, last: int | None = None
-    ) -> Tasked[Trained]:
+        self, tunables: Group, step: str, first: int | None = None, last: int | None = None,
+        penalty: Penalty | None = None, pull: Pull | None = None,
+    ) -> Tasked[Trained]:  # fmt: skip
         """This round's epochs over the private rows (a2, b1), or batches first to last - 1."""
         training = self.setup.training
-        plan = self.plan(self.train, "private")
+        plan = self.private()
         per_round = plan.per_pass * training.epochs
         begin = per_round * (self.round - 1) if first is None else first
         keep = training.optimizer_state == "keep"
+        objective = yield from self._objective(plan.examples, step)
         result: Trained = yield Fit(
-            self.model, tunables, plan, cross_entropy, training,
+            self.model, tunables, plan, objective, training,
             begin, begin + per_round if last is None else last,
             Span(self.round - 1, self.setup.rounds), self.meter, step,
-            self.group("optimizer") if keep else None,
+            moved(self.group("optimizer"), rank_of(tunables)) if keep else None,
+            penalty=penalty, pull=pull,
         )  # fmt: skip
         if keep:
             self.keep("optimizer", result.optimizer)
+        self.learnt(result.rows, len(plan.examples))
         return result
+
+    def _objective(self, examples: Examples, step: str) -> Tasked[Objective]:
+        """What local training minimizes."""
+        task = self.setup.task
+        if task.kind != "preference":
+            return cross_entropy
+        reference = yield from self.reference("train", examples, step)
+        return Preference.of(examples, reference, task.beta, self.model.device)
+
+    def reference(self, name: str, examples: Examples, step: str) -> Tasked[Tensor]:
+        """
+        How much the tunables' first values prefer the better response of each pair: ln p - ln p'.
+
+        Float64 [pairs]. Found out when first asked for, and kept with the state under ``name``.
+        """
+        kept = self.group("reference")
+        if name not in kept:
+            size = self.setup.evaluation.batch_size
+            scores = yield from likelihoods(
+                self.model, self.model.initial, examples, size, self.meter, step
+            )
+            kept[name] = torch.from_numpy(scores[0::2] - scores[1::2])
+            self.keep("reference", kept)
+        return kept[name]
 
 
 Tasks = Mapping[str, Callable[[Site, Message], Message | Tasked[Message]]]
@@ -166,8 +238,9 @@ class Strategy(Protocol):
 
 
 def units(site: Site) -> float:
-    """What the loss averages over: a client's rows, or its predicted tokens."""
-    return float(site.train.targets.sum())
+    """What the loss averages over: a client's rows, its predicted tokens, or its pairs."""
+    train = site.train
+    return float(train.cases if len(train.option) else train.targets.sum())
 
 
 def mean_loss(replies: Mapping[str, Message]) -> float:

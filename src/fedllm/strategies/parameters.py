@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from fedllm import experiment as ex
-from fedllm.aggregation import RULES
+from fedllm.aggregation import OPTIMIZERS, RULES, UNEQUAL
+from fedllm.aggregation.balance import balanced
+from fedllm.aggregation.unequal import product_gap
 from fedllm.data.examples import Examples
-from fedllm.exchange import Exchange, Want, like
+from fedllm.exchange import Exchange
+from fedllm.lora import pairs, rank_of, resized
 from fedllm.message import Message, Role, of_role
 from fedllm.models.loading import LanguageModel
+from fedllm.strategies import corrections
 from fedllm.strategies.base import Group, ServerState, Setup, Site, Tasks, mean_loss, units
 from fedllm.strategies.mentor import MENTOR, learn_together
+from fedllm.strategies.ranks import Ranks, kept_at, pruning
 from fedllm.training.jobs import Tasked
+
+PRODUCT_GAP = (
+    "product_gap"  # how far the combined model lies from the mean of the clients' products
+)
 
 
 class Parameters:
     """
     FedAvg over the tunables (arXiv 1602.05629), with a mentor at each client FedKD (K-03).
+
+    With other server and client steps FedAvgM, FedAdagrad, FedYogi, FedAdam, FedProx, SCAFFOLD
+    (P-30), alone or together.
 
     ``payload = "change"``: down goes the difference from the first values, which every side draws
     from the run's seed, up that from what came; a codec that leaves some of a tensor out then
@@ -33,14 +46,20 @@ class Parameters:
     ) -> None:  # fmt: skip
         """``model``: gives the tunables their first values."""
         self.options, self.setup, self.model = options, setup, model
-        self.rule = RULES[options.aggregation]
+        self.rule = RULES.get(options.aggregation)  # none: it is one of UNEQUAL
+        self.ranks = Ranks(options, setup, model)
+        numbers = options.server.model_dump(exclude={"kind"})
+        self.step = partial(OPTIMIZERS[options.server.kind], **numbers)
+        self.scaffold = isinstance(options.client, ex.Scaffold)
         self.evaluates_clients = options.mentor is not None
         self.personal = model.head if model.spec.head == "personal" else frozenset[str]()
         self.tasks: Tasks = {"train": self.train}
 
     def start(self) -> ServerState:
         """The first values, without what stays personal."""
-        return ServerState({n: t for n, t in self.model.initial.items() if n not in self.personal})
+        first = resized(self.model.initial, self.ranks.first)
+        shared = {n: t for n, t in first.items() if n not in self.personal}
+        return ServerState(shared, corrections.variates(shared) if self.scaffold else {})
 
     # server -----------------------------------------------------------------------------------
 
@@ -48,18 +67,67 @@ class Parameters:
         self, state: ServerState, cohort: Sequence[str], ask: Exchange, rng: np.random.Generator
     ) -> ServerState:
         """One round."""
-        down = state.shared
-        if self.options.payload == "change":
-            down = {name: down[name] - self.model.initial[name] for name in down}
-        sent = Message("a1", "train", down, of_role(Role.PARAMETER, down))
-        want = Want(("loss",), ("weight",), like(state.shared))
-        replies = ask.gather(dict.fromkeys(cohort, sent), want)  # a1, a2, a3
+        shared = self.ranks.due(state.shared, ask.round)
+        optimizer = kept_at(state.optimizer, state.shared, shared)
+        ranks = {client: self.ranks.of(state, client, shared) for client in cohort}
+        given = {rank: resized(shared, rank) for rank in set(ranks.values())}
+        down = given if self.options.payload != "change" else {
+            rank: _less(values, resized(self.model.initial, rank))
+            for rank, values in given.items()
+        }  # fmt: skip
+        c = corrections.controls(optimizer)  # only where all have one rank
+        sent = {
+            rank: Message("a1", "train", values | c,
+                          of_role(Role.PARAMETER, values) | of_role(Role.GRADIENT, c))
+            for rank, values in down.items()
+        }  # fmt: skip
+        wants = {rank: self.ranks.want(values | c) for rank, values in given.items()}
+        replies = ask.gather(
+            {client: sent[rank] for client, rank in ranks.items()},
+            {client: wants[rank] for client, rank in ranks.items()},
+        )  # a1, a2, a3
+        updates = {
+            client: {name: reply.tensors[name] for name in shared}
+            for client, reply in replies.items()
+        }
+        values = updates
+        if self.options.payload != "value":
+            values = {
+                client: _plus(resized(given[ranks[client]], rank_of(update)), update)
+                for client, update in updates.items()
+            }
         with ask.meter.step("a4"):
-            weights = {client: float(r.facts["weight"]) for client, r in replies.items()}
-            combined = self.rule({c: r.tensors for c, r in replies.items()}, weights)
-            if self.options.payload != "value":
-                combined = {name: state.shared[name] + combined[name] for name in combined}
-        return replace(state, shared=combined, facts={"loss": mean_loss(replies)})
+            weights = self._weights(replies)
+            change: Group | None = None
+            if self.rule is None:
+                combined = UNEQUAL[self.options.aggregation](values, weights, shared)
+            else:
+                combined = self.rule(updates, weights)
+                if self.options.payload != "value":
+                    change, combined = combined, _plus(shared, combined)
+            stepped = combined
+            if self.options.server.kind != "average":
+                change = _less(combined, shared) if change is None else change
+                optimizer, stepped = self.step(optimizer, shared, change)
+            if c:
+                changes = [replies[client].tensors for client in sorted(replies)]
+                optimizer = {**optimizer, **corrections.folded(c, changes, len(ask.clients()))}
+        facts: dict[str, int | float | str] = {"loss": mean_loss(replies)}
+        if pairs(shared):  # of the rule, whatever the server makes of it
+            facts[PRODUCT_GAP] = product_gap(values, weights, combined)
+        kept = self.ranks.told(state, values)
+        return replace(state, shared=stepped, optimizer=optimizer, clients=kept, facts=facts)
+
+    def _weights(self, replies: Mapping[str, Message]) -> dict[str, float]:
+        """What each client counts."""
+        if self.options.aggregation == "uniform":
+            return dict.fromkeys(replies, 1.0)
+        weights = {client: float(r.facts["weight"]) for client, r in replies.items()}
+        spec = self.options.balance
+        if spec is None:
+            return weights
+        losses = {client: float(r.facts["loss"]) for client, r in replies.items()}
+        return balanced(weights, losses, spec.temperature, spec.floor, spec.cap)
 
     def candidate(self, state: ServerState) -> Group:
         """The global tunables."""
@@ -75,18 +143,34 @@ class Parameters:
 
     def train(self, site: Site, message: Message) -> Tasked[Message]:
         """a2 fine-tune what came with a1, a3 send it back."""
-        start = message.tensors
+        c = corrections.controls(message.tensors)
+        start = {name: tensor for name, tensor in message.tensors.items() if name not in c}
         if self.options.payload == "change":
-            start = {name: self.model.initial[name] + start[name] for name in start}
+            start = _plus(resized(self.model.initial, rank_of(start)), start)
         if self.options.mentor is not None:
             result = yield from learn_together(site, start, self.own(site), "a2")
+            change: Group = {}
         else:
-            result = yield from site.fine_tune({**self.own(site), **start}, "a2")
+            fewer = pruning(self.options, start)
+            result, change = yield from corrections.fine_tune(
+                site, self.options.client, {**self.own(site), **start}, start, c, "a2", fewer
+            )
+            if fewer is not None:
+                result = replace(result, values=fewer.cut(start, result.values))
             site.keep("personal", {name: result.values[name] for name in self.personal})
         update = {name: result.values[name] for name in start}
         if self.options.payload != "value":
-            update = {name: update[name] - start[name] for name in update}
+            update = _less(update, resized(start, rank_of(update)))
         return Message(
-            "a3", tensors=update, roles=of_role(Role.PARAMETER, update),
+            "a3", tensors=update | change,
+            roles=of_role(Role.PARAMETER, update) | of_role(Role.GRADIENT, change),
             facts={"weight": units(site), "loss": result.loss},
         )  # fmt: skip
+
+
+def _plus(values: Group, update: Group) -> Group:
+    return {name: values[name] + update[name] for name in update}
+
+
+def _less(values: Group, start: Group) -> Group:
+    return {name: values[name] - start[name] for name in values}

@@ -26,6 +26,8 @@ class Batch:
 
     targets: classes [rows] or next tokens [selected].  places: index of each target among all
     targets of the Examples, in their order.  tokens: real ones.  row_numbers: in the Examples.
+    pairs: of responses, of which one is preferred; 0: there are none.
+    weights: of each unit in the loss; None: all alike.
     """
 
     inputs: Inputs
@@ -33,6 +35,8 @@ class Batch:
     places: Tensor
     tokens: int
     row_numbers: Sequence[int] = ()
+    pairs: int = 0
+    weights: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -46,8 +50,13 @@ class Batch:
 
     @property
     def units(self) -> int:
-        """What the loss averages over: rows, or predicted tokens."""
+        """What is predicted: rows, or tokens."""
         return len(self.targets)
+
+    @property
+    def averaged(self) -> int:
+        """What the loss averages over: pairs, else the units."""
+        return self.pairs or self.units
 
 
 def order(
@@ -112,6 +121,7 @@ def collate(
         places=torch.from_numpy(places).to(device),
         tokens=int(lengths.sum()),
         row_numbers=rows,
+        pairs=int((examples.option[which] == 0).sum()) if len(examples.option) else 0,
     )
 
 

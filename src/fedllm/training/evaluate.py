@@ -94,6 +94,28 @@ def statistics(
     }
 
 
+def preferences(
+    model: LanguageModel, tunables: Mapping[str, Tensor], examples: Examples, reference: Tensor,
+    beta: float, size: int, meter: Meter, step: str,
+) -> Tasked[dict[str, Tensor]]:  # fmt: skip
+    """
+    Sums over pairs of responses: ``loss`` (DPO's), ``units`` (pairs), ``margin``, ``preferred``
+    (pairs with a margin above 0), ``tokens`` and ``unknown`` tokens.
+
+    A margin is beta (m - m_ref), see ``objectives.Preference``.  reference: m_ref [pairs].
+    """
+    scores = yield from likelihoods(model, tunables, examples, size, meter, step)
+    margin = beta * (scores[0::2] - scores[1::2] - reference.numpy())
+    return {
+        "loss": torch.tensor([np.logaddexp(0, -margin).sum()], dtype=torch.float64),
+        "margin": torch.tensor([margin.sum()], dtype=torch.float64),
+        "units": torch.tensor([examples.cases], dtype=torch.int64),
+        "preferred": torch.tensor([int((margin > 0).sum())], dtype=torch.int64),
+        "tokens": torch.tensor([examples.tokens], dtype=torch.int64),
+        "unknown": torch.tensor([examples.unknown], dtype=torch.int64),
+    }
+
+
 def _choices(scores: npt.NDArray[np.float64], examples: Examples) -> dict[str, Tensor]:
     first = examples.option == 0
     sums = {
@@ -122,6 +144,7 @@ COUNTED = {
     "classification": {"loss", "units", "confusion"},
     "generation": TOKENS,
     "multiple-choice": TOKENS | {"right", "right_per_byte", "questions"},
+    "preference": {"loss", "units", "margin", "preferred", "tokens", "unknown"},
 }
 
 
@@ -132,21 +155,24 @@ def misfit(sums: Mapping[str, Tensor], task: str, labels: int) -> str:
         return f"counted {sorted(sums)}, not {sorted(names)}"
     for name, tensor in sums.items():
         shape = (labels, labels) if name == "confusion" else (1,)
-        floats = name in ("loss", "rouge", "right", "right_per_byte")
+        floats = name in ("loss", "margin", "rouge", "right", "right_per_byte")
         if tuple(tensor.shape) != shape or tensor.is_floating_point() != floats:
             return f"counted {name!r} as {tensor.dtype} of {tuple(tensor.shape)}"
-        if name != "loss" and bool((tensor < 0).any()):
+        if name not in ("loss", "margin") and bool((tensor < 0).any()):
             return f"counted fewer than none ({name!r})"
     for name in sorted(names & {"right", "right_per_byte"}):
         if not float(sums[name]) <= int(sums["questions"]):  # nor NaN
             return f"counted more than all questions ({name!r})"
+    if "preferred" in names and int(sums["preferred"]) > int(sums["units"]):
+        return "counted more than all pairs ('preferred')"
     return ""
 
 
 def metrics(sums: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Metrics:
     """
     Statistics -> accuracy, macro_f1, per_class, loss; or loss, perplexity, bits_per_byte, with
-    options (of the right ones) besides accuracy, accuracy_per_byte and questions.
+    options (of the right ones) besides accuracy, accuracy_per_byte and questions; or, of pairs,
+    loss, accuracy (share with a margin above 0) and margin (its mean).
 
     macro_f1 averages over the classes that occur among the true or the predicted labels.
     """
@@ -165,6 +191,11 @@ def metrics(sums: Mapping[str, Tensor], labels: Sequence[str] = ()) -> Metrics:
             for i in range(len(table))
             if true[i]
         }
+        return found
+    if "preferred" in sums:
+        found["accuracy"] = int(sums["preferred"]) / units
+        found["margin"] = float(sums["margin"]) / units
+        found["unknown_rate"] = int(sums["unknown"]) / max(int(sums["tokens"]), 1)
         return found
     found["perplexity"] = math.exp(min(loss, 700))
     found["bits_per_byte"] = float(sums["loss"]) / math.log(2) / max(int(sums["utf8"]), 1)

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fedllm.errors import FedllmError
+from fedllm.lora import rank_of
 from fedllm.models.core import Core
 from fedllm.models.inputs import beside
 from fedllm.training.batches import Batch
@@ -19,9 +21,12 @@ from fedllm.training.jobs import Fit, Trained
 from fedllm.training.known import known
 from fedllm.training.learner import Learner, advance
 from fedllm.training.meter import Member, charged, held_bytes, measures_itself, passing, typical
+from fedllm.training.objectives import Preference, cross_entropy
 from fedllm.training.passes import apart, copies, drawing, given, packs, stack
+from fedllm.training.sampling import of_rows
 
 LOGITS = 1 << 22  # token logits that exist at once at most
+ALL = slice(None)
 
 
 class _Fitting:
@@ -30,20 +35,26 @@ class _Fitting:
     def __init__(self, job: Fit) -> None:
         self.job = job
         device = job.model.device
-        self.learner = Learner(job.tunables, job.training, job.optimizer, job.rate, device)
+        self.learner = Learner(
+            job.tunables, job.training, job.optimizer, job.rate, device, job.pull
+        )
         self.cost = job.meter.cost(job.step)
         self.core: Core
         self.batches: Iterator[Batch] | None = None
         self.held = held_bytes(job.model.whole) + self.learner.reserved
+        self.rank = rank_of(job.tunables)
         self.left = job.last - job.first
         self.number = 0
         self.seen, self.summed = 0, 0.0
+        self.each: Tensor | None = None  # loss of each unit, where the batch has weights
+        self.rows: dict[int, float] = {}
         self.batch: Batch
         self.error: Exception | None = None
 
     @property
     def member(self) -> Member:
-        return Member(self.job.meter, self.cost, self.batch, self.held + given(self.batch))
+        held = self.held + given(self.batch)
+        return Member(self.job.meter, self.cost, self.batch, held, self.rank)
 
     @property
     def purpose(self) -> tuple[object, ...]:
@@ -74,8 +85,19 @@ class _Fitting:
                 f"the loss became {loss} at batch {self.number + 1}: lower training.rate "
                 f"(now {self.learner.rate}) or set training.clip"
             )
-        self.summed += loss * self.batch.units
-        self.seen += self.batch.units
+        self.summed += loss * self.batch.averaged
+        self.seen += self.batch.averaged
+        if self.each is not None:
+            self.rows |= of_rows(self.batch, self.job.plan.examples, self.each)
+
+    def weigh(self, losses: Tensor, units: slice = ALL) -> Tensor:
+        """The losses of these units with the batch's weights; as they are, they are noted."""
+        if self.batch.weights is None:
+            return losses
+        if self.each is None or len(self.each) != self.batch.units:
+            self.each = losses.new_empty(self.batch.units)
+        self.each[units] = losses.detach()
+        return losses * self.batch.weights[units]
 
     @property
     def progress(self) -> float:
@@ -86,7 +108,9 @@ class _Fitting:
         model, batch = self.job.model, self.batch
         self.number += 1
         self.left -= 1
-        self.cost.flops += self.job.meter.flops(model, self.core, batch, backward=True)
+        self.cost.flops += self.job.meter.flops(
+            model, self.core, batch, backward=True, rank=self.rank
+        )
         self.cost.examples += batch.rows
         self.cost.tokens += batch.tokens
         self.cost.optimizer_steps += 1
@@ -96,7 +120,10 @@ class _Fitting:
         if self.error is not None:
             return self.error
         loss = self.summed / max(self.seen, 1)
-        return Trained(self.learner.values(), self.learner.state(), loss, self.number)
+        learner = self.learner
+        return Trained(
+            learner.values(), learner.state(), loss, self.number, learner.stepped, self.rows
+        )
 
 
 def fit(jobs: list[Fit]) -> list[Any]:
@@ -159,6 +186,9 @@ def _train_pass(
         else:
             losses = _losses(core.scores(features), features, pack, units)
             goal = losses.sum()
+        for fitting, own in zip(pack, params, strict=True):
+            if fitting.job.penalty is not None:
+                goal = goal + fitting.job.penalty(own)
         if goal.requires_grad:
             goal.backward()  # type: ignore[no-untyped-call]
     return [float(loss) for loss in losses.detach().tolist()]
@@ -169,7 +199,7 @@ def _losses(
 ) -> Tensor:  # fmt: skip
     """Each client's mean loss over its units: [clients]."""
     objective = pack[0].job.objective
-    if all(fitting.job.objective is objective for fitting in pack):
+    if len(pack) > 1 and all(fitting.job.objective is objective for fitting in pack):
         targets = torch.cat([fitting.batch.targets for fitting in pack])
         places = torch.cat([fitting.batch.places for fitting in pack])
         parts = torch.split(objective(logits, targets, places, features), units)
@@ -180,7 +210,8 @@ def _losses(
                 pack, torch.split(logits, units), torch.split(features, units), strict=True
             )
         )
-    return torch.stack([part.mean() for part in parts])
+    weighed = (fitting.weigh(part) for fitting, part in zip(pack, parts, strict=True))
+    return torch.stack([part.mean() for part in weighed])
 
 
 def _in_chunks(
@@ -196,15 +227,36 @@ def _in_chunks(
     losses = []
     for fitting, part in zip(pack, torch.split(leaf, units), strict=True):
         targets, places = fitting.batch.targets, fitting.batch.places
+        if isinstance(fitting.job.objective, Preference):
+            losses.append(_of_pairs(core, fitting.job.objective, part, targets, places, size))
+            continue
         pieces = []
         for i in range(0, len(part), size):
             chunk = slice(i, i + size)
             some = part[chunk]
             value = fitting.job.objective(core.scores(some), targets[chunk], places[chunk], some)
-            value = value.sum() / len(part)
+            value = fitting.weigh(value, chunk).sum() / len(part)
             if value.requires_grad:
                 value.backward(retain_graph=True)  # type: ignore[no-untyped-call]
             pieces.append(value.detach())
         losses.append(torch.stack(pieces).sum())
     gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(features)
     return torch.stack(losses), (features * gradient).sum()
+
+
+def _of_pairs(
+    core: Core, objective: Preference, features: Tensor, targets: Tensor, places: Tensor, size: int
+) -> Tensor:
+    """The same for a loss that is no sum over units: logits are made anew on the way back."""
+
+    def losses(some: Tensor, goals: Tensor) -> Tensor:
+        return cross_entropy(core.scores(some), goals, goals)
+
+    parts = zip(torch.split(features, size), torch.split(targets, size), strict=True)
+    each: list[Tensor] = [
+        checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
+    ]
+    value = objective.judged(torch.cat(each), places).mean()
+    if value.requires_grad:
+        value.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    return value.detach()

@@ -50,6 +50,8 @@ def _start(pack: list[Forward]) -> list[Passed]:
         outs = _half_pass(pack, [job.half.learner.params for job in pack])
     for job, cost in zip(pack, costs, strict=True):
         cost.flops += job.half.meter.flops(half.model, half.core, job.batch, backward=False)
+        if job.watched is not None:
+            cost.flops += sum(r * watching(n, half.model.width) for r, n in job.batch.inputs.blocks)
         cost.examples += job.batch.rows
         cost.tokens += job.batch.tokens
         job.half.meter.tick(job.batch.rows)
@@ -57,9 +59,9 @@ def _start(pack: list[Forward]) -> list[Passed]:
     return [
         Passed(
             job, out, features, job.batch.inputs.x, peaks[member.shape(half.core, job.kind)][1],
-            waiting, slot, len(pack),
+            waiting, slot, len(pack), received,
         )
-        for slot, (job, member, (out, features)) in enumerate(
+        for slot, (job, member, (out, features, received)) in enumerate(
             zip(pack, members, outs, strict=True)
         )
     ]  # fmt: skip
@@ -67,25 +69,40 @@ def _start(pack: list[Forward]) -> list[Passed]:
 
 def _half_pass(
     pack: Sequence[Forward], params: Sequence[Mapping[str, Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
-    """(output, features) of each client, one graph behind all of them."""
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """
+    (output, features, attention received where it is watched) of each client, one graph behind all
+    of them.
+    """
     half = pack[0].half
     inputs = beside([job.batch.inputs for job in pack])
     around = drawing(
         half.model, half.learner.training, half.core, stack(params),
         [job.purpose for job in pack], inputs.x.device,
     )  # fmt: skip
+    slots, watched = half.core.slots, pack[0].watched
     with around:
-        features = half.core.features(inputs)
-        out = half.core.finish(features)
+        slots.watched = watched
+        try:
+            features = half.core.features(inputs)
+            out = half.core.finish(features)
+        finally:
+            slots.watched = None
+    received = None if watched is None else slots.received
     if half.core.part in ("client", "body"):
         extra = half.core.prompt_tokens
         sizes = [sum(r * (n + extra) for r, n in job.batch.inputs.blocks) for job in pack]
     else:
         sizes = [job.batch.units for job in pack]
     if len(pack) == 1:
-        return [(out, features)]
-    return list(zip(torch.split(out, sizes), torch.split(features, sizes), strict=True))
+        return [(out, features, received)]
+    parts = [None] * len(pack) if received is None else torch.split(received, sizes)
+    return list(zip(torch.split(out, sizes), torch.split(features, sizes), parts, strict=True))
+
+
+def watching(length: int, width: int) -> int:
+    """FLOPs of a row's attention weights, written out beside the fused attention."""
+    return 2 * length * length * width
 
 
 def _forgotten(job: Forward) -> Callable[[], Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -13,11 +13,13 @@ from fedllm.data.examples import Examples
 from fedllm.models.core import Core
 from fedllm.models.loading import LanguageModel
 from fedllm.training.batches import Batch
-from fedllm.training.learner import Learner, Plan, Span
+from fedllm.training.learner import Learner, Plan, Pull, Span
 from fedllm.training.meter import Meter, held_bytes
 from fedllm.training.objectives import Objective
 
 R = TypeVar("R")
+Penalty = Callable[[Mapping[str, Tensor]], Tensor]
+"""Of the tunables themselves: a scalar that is minimized besides the objective."""
 
 
 @dataclass(eq=False)
@@ -26,7 +28,8 @@ class Fit:
     Train a copy of the tunables on batches ``first`` to ``last`` - 1 of the plan (a2, b1, b5, b8).
 
     step: of the paper, to be charged.  optimizer: the state to continue from; None: afresh.
-    rate: other than the training's.  The result is ``Trained``.
+    rate: other than the training's.  penalty: added to the loss of every batch, and not to the
+    loss that is reported.  pull: what else moves the tunables.  The result is ``Trained``.
     """
 
     model: LanguageModel
@@ -41,16 +44,25 @@ class Fit:
     step: str
     optimizer: dict[str, Tensor] | None = None
     rate: float | None = None
+    penalty: Penalty | None = None
+    pull: Pull | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a stretch of local training gives back."""
+    """
+    What a stretch of local training gives back.
+
+    stepped: sum of the rates of its steps.  rows: the last loss of each row, by its number, where
+    rows are drawn by their losses.
+    """
 
     values: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     loss: float
     steps: int
+    stepped: float = 0.0
+    rows: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -92,13 +104,18 @@ class Half:
 
 @dataclass(eq=False)
 class Forward:
-    """Run a half, keeping the graph. The result is ``Passed``."""
+    """
+    Run a half, keeping the graph. The result is ``Passed``.
+
+    watched: the block of which ``Passed.received`` says what attention each cell received there.
+    """
 
     half: Half
     batch: Batch
     purpose: tuple[object, ...]
     step: str
     kind: str = "train"
+    watched: int | None = None
 
 
 @dataclass(eq=False)
@@ -113,6 +130,7 @@ class Passed:
     waiting: set[int]  # slots of the pass without gradient yet
     slot: int
     slots: int  # of the pass
+    received: Tensor | None = None
 
 
 @dataclass(eq=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from fedllm.data.examples import Examples
 from fedllm.models.frozen import Known
 from fedllm.streams import stream
 from fedllm.training.batches import Batch, Padding, collate, order
+from fedllm.training.sampling import Chances, weighed
 
 
 def rate_factor(training: ex.Training, progress: float) -> float:
@@ -28,19 +31,53 @@ def rate_factor(training: ex.Training, progress: float) -> float:
     return 1.0
 
 
+@dataclass(frozen=True)
+class Pull:
+    """
+    What is added to a gradient, to keep a client near the others; of the tunables that it names.
+
+    toward: the term mu / 2 |w - toward|^2 belongs to the objective, so that clipping sees it
+    (FedProx, arXiv 1812.06127, equation 2).  shift: is added to what clipping left of a gradient
+    (SCAFFOLD, arXiv 1910.06378, algorithm 1, which clips nothing): so its control variates stay
+    means of the gradients that are stepped along.
+    """
+
+    mu: float = 0.0
+    toward: Mapping[str, Tensor] = field(default_factory=dict)
+    shift: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | None) -> Pull:
+        """The same on a device."""
+        toward, shift = ({n: t.to(device) for n, t in some.items()}
+                         for some in (self.toward, self.shift))  # fmt: skip
+        return Pull(self.mu, toward, shift)
+
+    def before(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
+        """Add the objective's own term, in place."""
+        if name in self.toward:
+            gradient.add_(parameter - self.toward[name], alpha=self.mu)
+
+    def after(self, name: str, gradient: Tensor) -> None:
+        """Add what is no part of the objective, in place."""
+        if name in self.shift:
+            gradient.add_(self.shift[name])
+
+
 class Learner:
     """Trainable copies of some tunables with their optimizer: state in, state out."""
 
     def __init__(
         self, tunables: Mapping[str, Tensor], training: ex.Training,
         state: dict[str, Tensor] | None = None, rate: float | None = None,
-        device: torch.device | None = None,
+        device: torch.device | None = None, pull: Pull | None = None,
     ) -> None:  # fmt: skip
         """
         Copy ``tunables``; continue from an optimizer ``state`` that ``state()`` returned.
 
         device: where to train; what is given and given back lies on the CPU.
         """
+        self.pull = (pull or Pull()).to(device)
+        self.stepped = 0.0  # sum of the rates of all steps
         self.params = {
             name: tensor.detach().to(device, copy=True).requires_grad_(True)
             for name, tensor in tunables.items()
@@ -69,14 +106,22 @@ class Learner:
 
     @property
     def reserved(self) -> int:
-        """Bytes of the trained copies and of the optimizer's slots for them."""
+        """Bytes of the trained copies, of the optimizer's slots for them, and of what pulls."""
         training = self.training
         slots = (1 if training.momentum else 0) if training.optimizer == "sgd" else 2
-        return (1 + slots) * sum(t.numel() * t.element_size() for t in self.params.values())
+        pulls = [*self.pull.toward.values(), *self.pull.shift.values()]
+        copies = sum(t.numel() * t.element_size() for t in self.params.values())
+        return (1 + slots) * copies + sum(t.numel() * t.element_size() for t in pulls)
 
     def values(self) -> dict[str, Tensor]:
         """The tunables as they are now, detached."""
         return {name: t.detach().to("cpu", copy=True) for name, t in self.params.items()}
+
+    def within(self, names: Iterable[str]) -> Learner:
+        """The same learner as far as these tunables go: values and optimizer are shared."""
+        found = copy.copy(self)
+        found.params = {name: self.params[name] for name in names}
+        return found
 
     def forget(self) -> None:
         """Drop gradients that came."""
@@ -111,13 +156,19 @@ def advance(learners: Sequence[Learner], progress: Sequence[float]) -> None:
     for learner, at in zip(learners, progress, strict=True):
         mine = [(n, p) for n, p in learner.params.items() if p.grad is not None]
         found = [p.grad for _, p in mine if p.grad is not None]
+        for (name, parameter), gradient in zip(mine, found, strict=True):
+            learner.pull.before(name, parameter, gradient)
         if training.clip is not None and found:
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
             factor = training.clip / (norm + 1e-6)
             torch._foreach_mul_(found, factor.clamp(max=1.0))
+        for (name, _), gradient in zip(mine, found, strict=True):
+            learner.pull.after(name, gradient)
         params += [p for _, p in mine]
         grads += found
-        rates += [learner.rate * rate_factor(training, at)] * len(mine)
+        rate = learner.rate * rate_factor(training, at)
+        learner.stepped += rate
+        rates += [rate] * len(mine)
         keys += [(learner, n) for n, _ in mine]
     if params:
         (_descend if training.optimizer == "sgd" else _adam)(params, grads, rates, keys, training)
@@ -193,6 +244,7 @@ class Plan:
 
     Pass e is shuffled by the stream (purpose, "order", e) alone, so that a resumed or a
     stretched training sees the same batches.  known: hidden states in place of the tokens.
+    chances: of each row to be drawn, over and over (``training.sampling``); None: each once a pass.
     """
 
     examples: Examples
@@ -202,21 +254,35 @@ class Plan:
     purpose: tuple[object, ...]
     device: str = "cpu"
     known: Known | None = None
+    chances: Chances | None = None
 
     @property
     def per_pass(self) -> int:
         """Batches of one pass."""
-        return math.ceil(len(self.examples) / self.size)
+        return math.ceil(self.examples.cases / self.size)
 
     def rows(self, number: int) -> Sequence[list[int]]:
-        """Row numbers of each batch of pass ``number``."""
-        rng = stream(*self.purpose, "order", number)
-        return order(self.examples.lengths, self.size, self.padding, rng)
+        """Row numbers of each batch of pass ``number``; rows of one case stay together."""
+        rng, lengths = stream(*self.purpose, "order", number), self.examples.lengths
+        if self.chances is not None:
+            drawn = rng.choice(len(lengths), len(lengths), p=self.chances)
+            groups = order(lengths[drawn], self.size, self.padding, rng)
+            return [drawn[group].tolist() for group in groups]
+        if not len(self.examples.option):
+            return order(lengths, self.size, self.padding, rng)
+        heads = self.examples.heads
+        ends = [*heads[1:].tolist(), len(lengths)]
+        longest = np.maximum.reduceat(lengths, heads)
+        return [
+            [row for case in cases for row in range(int(heads[case]), ends[case])]
+            for cases in order(longest, self.size, self.padding, rng)
+        ]
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """One batch."""
         pad_to = self.longest if self.padding == "fixed" else None
-        return collate(self.examples, rows, pad_to, self.device, self.known)
+        found = collate(self.examples, rows, pad_to, self.device, self.known)
+        return found if self.chances is None else weighed(found, self.examples, self.chances)
 
     def between(self, first: int, last: int) -> Iterator[Batch]:
         """Batches number ``first`` to ``last`` - 1 of the endless sequence of passes."""

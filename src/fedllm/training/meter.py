@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedllm.errors import FedllmError
+from fedllm.lora import rank_of
 from fedllm.message import Fact
 from fedllm.models.core import Core
 from fedllm.models.flops import FlopCounter
@@ -174,22 +175,28 @@ class Meter:
 
     def flops(
         self, model: LanguageModel, core: Core, batch: Batch, backward: bool,
-        input_grad: bool = False,
+        input_grad: bool = False, rank: int = 0,
     ) -> int:  # fmt: skip
-        """FLOPs of this pass (forward, or forward and backward)."""
+        """FLOPs of this pass (forward, or forward and backward); rank: of its LoRA."""
         core = model.countable(core)
-        counter = FlopCounter(core, frozenset(model.initial), self.measured.flops)
+        other = 0 if rank == rank_of(model.initial) else rank
+        counter = FlopCounter(core, frozenset(model.initial), self.measured.flops, other)
         return counter(batch.inputs.blocks, batch.selected, backward, input_grad)
 
 
 @dataclass
 class Member:
-    """One client's share of a pass.  held: bytes it held before: weights, optimizer, graphs."""
+    """
+    One client's share of a pass.
+
+    held: bytes it held before: weights, optimizer, graphs.  rank: of its LoRA, where it may differ.
+    """
 
     meter: Meter
     cost: Cost
     batch: Batch
     held: int
+    rank: int = 0
 
     def shape(self, core: Core, kind: str) -> tuple[object, ...]:
         """
@@ -197,7 +204,7 @@ class Member:
         and predicted positions to the next eighth of all (``typical`` has that many).
         """
         inputs = self.batch.inputs
-        return (core.key, kind, inputs.blocks, inputs.packed, _eighths(self.batch))
+        return (core.key, kind, inputs.blocks, inputs.packed, _eighths(self.batch), self.rank)
 
 
 def _eighths(batch: Batch) -> int:

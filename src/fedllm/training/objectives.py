@@ -6,13 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fedllm.data.examples import Examples
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """
 (logits [units, outputs], targets [units], places [units], features [units, width]) -> loss of each
-unit [units]. Features are the hidden states that the logits were made of.
+unit [units], or of each pair. Features are the hidden states that the logits were made of.
 """
 
 
@@ -21,6 +25,43 @@ def cross_entropy(
 ) -> Tensor:
     """Of classes or of next tokens."""
     return F.cross_entropy(logits, targets, reduction="none")
+
+
+@dataclass(frozen=True)
+class Preference:
+    """
+    DPO (arXiv 2305.18290, equation 7): -ln sigmoid(beta (m - m_ref)) of each pair of responses.
+
+    m = ln p(better) - ln p(other), sums over the responses' tokens; of the model in training and
+    of the reference.  pair, sign: of each target of the whole set: which pair it is of, and 1 in
+    the better response, -1 in the other.  reference: m_ref of each pair.  A batch has pairs whole.
+    """
+
+    pair: Tensor
+    sign: Tensor
+    reference: Tensor
+    beta: float
+
+    @staticmethod
+    def of(examples: Examples, reference: Tensor, beta: float, device: torch.device) -> Preference:
+        """For a set of pairs, two rows each."""
+        rows = torch.from_numpy(np.repeat(np.arange(len(examples)), examples.targets))
+        sign = (1 - 2 * (rows % 2)).float()
+        return Preference(
+            (rows // 2).to(device), sign.to(device), reference.float().to(device), beta
+        )
+
+    def __call__(
+        self, logits: Tensor, targets: Tensor, places: Tensor, features: Tensor | None = None
+    ) -> Tensor:
+        """The loss of each pair of a batch: [pairs]."""
+        return self.judged(cross_entropy(logits, targets, places), places)
+
+    def judged(self, losses: Tensor, places: Tensor) -> Tensor:
+        """The same from the cross-entropy of each unit."""
+        pairs, which = torch.unique_consecutive(self.pair[places], return_inverse=True)
+        margin = losses.new_zeros(len(pairs)).index_add(0, which, -losses * self.sign[places])
+        return F.softplus(-self.beta * (margin - self.reference[pairs]))
 
 
 class Known(Protocol):

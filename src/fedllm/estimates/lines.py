@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
@@ -16,13 +17,16 @@ from fedllm import costs
 from fedllm import experiment as ex
 from fedllm.costs import PublicSize, Roles
 from fedllm.errors import FedllmError
+from fedllm.estimates.estimator import Estimator
+from fedllm.estimates.makespan import Choices, Way, choose
+from fedllm.estimates.sizes import Batches, Crowd, Rows, Sizes
 from fedllm.models.core import Part
 from fedllm.models.loading import LanguageModel
-from fedllm.planning.estimator import Estimator
-from fedllm.planning.sizes import Batches, Crowd, Rows, Sizes
-from fedllm.strategies.activations import check_cut
+from fedllm.strategies.activations import check_alike, check_cut
+from fedllm.strategies.corrections import SLOT
 from fedllm.strategies.logits import NO_PUBLIC
 from fedllm.summary import variant
+from fedllm.training.halves import watching
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ def line(estimator: Estimator, spec: ex.Strategy, data: Sizes) -> Line:
         if data.refused:
             raise FedllmError(data.refused)
         estimator.experiment.replace(strategy=spec)
+        if estimator.experiment.task.kind == "preference":
+            raise FedllmError("task.kind = 'preference': what pairs cost is not planned yet")
         return makers[spec.kind](estimator, spec, data, named)
     except ValidationError as error:
         said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
@@ -83,12 +89,13 @@ def line(estimator: Estimator, spec: ex.Strategy, data: Sizes) -> Line:
 
 
 @dataclass
-class _Bill:
-    """What one client of a crowd has to pay, as it is added up."""
+class Bill:
+    """What one client of a crowd has to pay, as it is added up; shapes: of what it pays for."""
 
     crowd: Crowd
     up: Roles
     down: Roles
+    shapes: costs.Shapes
     frames: _Frames
     flops: float
     memory: int
@@ -97,22 +104,13 @@ class _Bill:
 
 
 def _total(
-    estimator: Estimator, data: Sizes, bills: Sequence[_Bill], kind: str, named: str,
+    estimator: Estimator, data: Sizes, bills: Sequence[Bill], kind: str, named: str,
     server_flops: float, server_memory: int, serial: bool = False,
 ) -> Line:  # fmt: skip
     """Means over the clients, and the seconds of a round of those who take part."""
     experiment = estimator.experiment
-    codecs = dict(experiment.exchange.codecs)
-    shares, payloads = [], []
-    for bill in bills:
-        site = bill.crowd.site
-        payload = [costs.coded(roles, codecs) for roles in (bill.up, bill.down)]  # type: ignore[arg-type]
-        up, down = payload[0] + round(bill.frames.up), payload[1] + round(bill.frames.down)
-        seconds = bill.flops / site.flops + up / site.up + down / site.down
-        seconds += bill.frames.messages * site.latency
-        shares.append(Share(bill.crowd.name, bill.crowd.count, up, down, bill.flops, bill.memory,
-                            seconds, site.memory))  # fmt: skip
-        payloads.append(payload)
+    shares = [_share(experiment, bill, bill.crowd.site) for bill in bills]
+    payloads = [_payload(experiment, bill) for bill in bills]
     present = experiment.exchange.clients_per_round or data.clients
 
     def mean(values: Sequence[float]) -> float:
@@ -131,6 +129,28 @@ def _total(
         mean([share.flops for share in shares]), server_flops * present,
         max(share.memory for share in shares), server_memory, max(seconds, links) + own,
         max(bill.frames.messages for bill in bills), tuple(shares),
+    )  # fmt: skip
+
+
+def _payload(experiment: ex.Experiment, bill: Bill) -> tuple[int, int]:
+    """Bytes of tensor data, (up, down)."""
+    codecs = dict(experiment.exchange.codecs)
+    up, down = (
+        costs.coded(roles, codecs, bill.shapes, way)  # type: ignore[arg-type]
+        for way, roles in (("up", bill.up), ("down", bill.down))
+    )
+    return up, down
+
+
+def _share(experiment: ex.Experiment, bill: Bill, site: ex.PlanSite) -> Share:
+    """The same with whole frames and seconds, on this machine and these links."""
+    up, down = _payload(experiment, bill)
+    up, down = up + round(bill.frames.up), down + round(bill.frames.down)
+    seconds = bill.flops / site.flops + up / site.up + down / site.down
+    seconds += bill.frames.messages * site.latency
+    crowd = bill.crowd
+    return Share(
+        crowd.name, crowd.count, up, down, bill.flops, bill.memory, seconds, site.memory
     )  # fmt: skip
 
 
@@ -153,8 +173,8 @@ class _Frames:
         self.down = self.up = self.messages = 0.0
 
     def add(
-        self, direction: str, step: str, task: str = "", role: str = "", times: float = 1,
-        sent: Mapping[str, tuple[int, ...]] | None = None, **facts: Any,
+        self, direction: str, step: str, task: str = "", role: str | Mapping[str, str] = "",
+        times: float = 1, sent: Mapping[str, tuple[int, ...]] | None = None, **facts: Any,
     ) -> None:  # fmt: skip
         """So many frames of a kind."""
         size = costs.header(sent or {}, role, step, task, facts, self.run, self.client) * times
@@ -217,21 +237,60 @@ def _fitting(est: Estimator, crowd: Crowd, data: Sizes) -> tuple[float, int, int
 
 
 def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) -> Line:
-    sent = _shapes(est.model, costs.travelling(est.model))
-    up, down = costs.parameters_payload(est.model)
+    whole = costs.parameters_roles(est.model, spec)
+    # what its tunables are held to, or shifted by
+    pulled = 0.0 if spec.client.kind == "plain" else 1.0
     bills = []
-    for crowd in data.crowds:
-        frames = _Frames(est, "parameters", crowd)
-        frames.add("down", "a1", "train", "parameter", sent=sent)
-        frames.add("up", "a3", "", "parameter", sent=sent, weight=float(len(crowd.train.lengths)),
-                   loss=LOSS)  # fmt: skip
-        flops, memory, _, _ = _fitting(est, crowd, data)
-        bills.append(_Bill(crowd, {"parameter": up}, {"parameter": down}, frames, flops, memory))
+    for crowd, ranks in _ranked(est.experiment, data):
+        frames, flops, memory = _Frames(est, "parameters", crowd), 0.0, 0
+        every: dict[str, dict[str, tuple[int, ...]]] = {role: {} for role in whole}
+        paid = dict.fromkeys(whole, 0.0)
+        for rank, share in ranks.items():
+            travels = costs.parameters_roles(est.model, spec, rank)
+            mine = costs.shapes(est.model, costs.travelling(est.model), rank)
+            role, sent = dict.fromkeys(mine, "parameter"), dict(mine)
+            if "gradient" in travels:
+                role |= {f"{name}{SLOT}": "gradient" for name in mine}
+                sent |= {f"{name}{SLOT}": shape for name, shape in mine.items()}
+            for name, shape in sent.items():
+                every[role[name]][f"{rank}/{name}" if len(ranks) > 1 else name] = shape
+            frames.add("down", "a1", "train", role, share, sent)
+            frames.add("up", "a3", "", role, share, sent,
+                       weight=float(len(crowd.train.lengths)), loss=LOSS)  # fmt: skip
+            more, most, _, _ = _fitting(est.at(rank), crowd, data)
+            flops += share * more
+            memory = max(memory, most + round(pulled * travels["parameter"]))
+            for one, size in travels.items():
+                paid[one] += share * size
+        roles = {one: round(size) for one, size in paid.items()}
+        bills.append(Bill(crowd, roles, roles, every, frames, flops, memory))
     present = est.experiment.exchange.clients_per_round or data.clients
-    found = _total(est, data, bills, "parameters", named, 0.0, (present + 1) * up)
+    held = (present + 1) * sum(whole.values())
+    held += {"average": 0, "momentum": 1}.get(spec.server.kind, 2) * whole["parameter"]
+    found = _total(est, data, bills, "parameters", named, 0.0, held)
     if spec.mentor is not None:
         return replace(found, variant=f"{named} (clients' work without their mentors)")
     return found
+
+
+def _ranked(
+    experiment: ex.Experiment, data: Sizes
+) -> Iterator[tuple[Crowd, dict[int | None, float]]]:
+    """Clients of the same ranks, and the share of the rounds at each; None: the tunables' own."""
+    spec = experiment.tunables
+    if not isinstance(spec, ex.Lora) or not spec.changing:
+        for crowd in data.crowds:
+            yield crowd, {None: 1.0}
+        return
+    shares, first = spec.shares(data.names, experiment.rounds), 0
+    for crowd in data.crowds:
+        mine = [tuple(shares[n].items()) for n in data.names[first : first + crowd.count]]
+        first += crowd.count
+        for ranks in dict.fromkeys(mine):
+            said = f"{crowd.name} (rank {', '.join(str(rank) for rank, _ in ranks)})"
+            alike = len(set(mine)) == 1
+            part = replace(crowd, count=mine.count(ranks), name=crowd.name if alike else said)
+            yield part, dict(ranks)
 
 
 def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
@@ -245,7 +304,8 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
     size = PublicSize(drawn, round(whole.tokens * drawn / every),
                       round(whole.units * drawn / every))  # fmt: skip
     said = costs.knowledge_roles(spec, size, model)
-    shapes = {n: s for n, (s, _) in costs.knowledge_shapes(spec, size, model).items()}
+    shaped = costs.knowledge_shapes(spec, size, model)
+    shapes = {n: s for n, (s, _) in shaped.items()}
     role = "feature" if spec.form == "features" else "logit"
     looked = est.in_order(rows, experiment.evaluation.batch_size)
     learnt = est.anew(rows, spec.batch_size or training.batch_size, data.longest, spec.epochs)
@@ -289,7 +349,8 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
         memory = max(memory + beside, est.held(model.whole) + most + kept + beside, peak + kept)
         index = said.get("index", 0) + 2 * drawn * costs.INT
         sent = {**said, "index": index, "token": shipping}
-        bills.append(_Bill(crowd, upward, sent, frames, flops + more, memory))
+        bills.append(Bill(crowd, upward, sent, costs.by_role(shaped), frames, flops + more,
+                          memory))  # fmt: skip
     present = experiment.exchange.clients_per_round or data.clients
     server, server_memory = 0.0, (present + 1) * sum(said.values())
     if spec.server_model:
@@ -323,71 +384,156 @@ def _shipped(experiment: ex.Experiment, spec: ex.Logits, rows: Rows) -> dict[str
 
 
 def _activations(est: Estimator, spec: ex.Activations, data: Sizes, named: str) -> Line:
-    model, experiment = est.model, est.experiment
-    cut = check_cut(spec, model)
-    home = spec.labels == "client"
-    parts: list[Part] = ["client", "tail"] if home else ["client"]
-    mine = sorted({n for part in parts for n in model.tunables_of(model.part(part, cut))})
-    mine = [n for n in mine if n in costs.travelling(model)]
-    half = costs.tunable_bytes(model, mine)
-    sent = _shapes(model, mine)
-    batch_of = {crowd: est.private(crowd, data.longest) for crowd in data.crowds}
-    most = max(len(batches) for batches in batch_of.values())
-    present = (experiment.exchange.clients_per_round or data.clients) / data.clients
-    late = (1 - present) * (1 - 1 / experiment.rounds)  # who missed a round is brought up to date
-    bills = []
-    for crowd in data.crowds:
-        private = batch_of[crowd]
-        number, every = len(private), spec.average_every
-        averages = -(-most // every) if every else 1
-        uploads = -(-number // every) if every else 1
-        up, down = costs.activations_roles(
-            model, spec, crowd.train.size, experiment.training.epochs, half, averages, uploads
-        )
-        down["parameter"] += round(late * half)
-        frames = _split_frames(est, crowd, private, home, sent, averages + late, uploads)
-        flops, memory, server = _split_client(est, crowd, data, cut, home)
-        bills.append(_Bill(crowd, up, down, frames, flops, memory, server, number))
+    pieces = split_pieces(est, spec, data)
+    bills = [_split_bill(est, spec, crowd, data, cut) for crowd, cut in pieces]
     server_flops = sum(bill.server * bill.crowd.count for bill in bills) / data.clients
-    memory = _split_server(est, spec, data, cut, home)
+    memory = _split_server(est, spec, data, [(cut, crowd.count) for crowd, cut in pieces])
     serial = spec.server == "sequential"
     return _total(est, data, bills, "activations", named, server_flops, memory, serial)
 
 
+def split_pieces(est: Estimator, spec: ex.Activations, data: Sizes) -> list[tuple[Crowd, int]]:
+    """The crowds, each in as many pieces as its clients have cuts. Raises FedllmError as a run."""
+    if spec.cut == "auto":
+        cuts = choose(
+            choices(est.experiment, data, split_bills(est, spec, data)),
+            spec.server == "sequential",
+        )  # fmt: skip
+        return list(zip(data.crowds, cuts, strict=True))
+    own = spec.cuts(data.names)
+    chosen = [check_cut(spec, est.model, own.get(name, 0)) for name in data.names]
+    check_alike(spec, chosen)
+    pieces, first = [], 0
+    for crowd in data.crowds:
+        counts = Counter(chosen[first : first + crowd.count])
+        first += crowd.count
+        for cut, count in sorted(counts.items()):
+            alike = len(counts) == 1
+            name = crowd.name if alike else f"{crowd.name}, cut {cut}"
+            pieces.append((crowd if alike else replace(crowd, name=name, count=count), cut))
+    return pieces
+
+
+def split_bills(est: Estimator, spec: ex.Activations, data: Sizes) -> list[dict[int, Bill]]:
+    """What a client of each crowd has to pay at every cut."""
+    check_cut(spec, est.model)
+    cuts = range(1, est.model.blocks)
+    return [
+        {cut: _split_bill(est, spec, crowd, data, cut) for cut in cuts} for crowd in data.crowds
+    ]
+
+
+def choices(
+    experiment: ex.Experiment, data: Sizes, bills: Sequence[Mapping[int, Bill]], round: int = 0
+) -> list[Choices]:  # fmt: skip
+    """The same in seconds, on everybody's machine and links as they are in a round."""
+    server = experiment.plan.server.flops
+    found = []
+    for crowd, mine in zip(data.crowds, bills, strict=True):
+        site = crowd.site.at(round)
+        shares = {cut: _share(experiment, bill, site) for cut, bill in mine.items()}
+        ways = {
+            cut: Way(share.seconds, mine[cut].server / server, share.memory)
+            for cut, share in shares.items()
+        }
+        found.append(Choices(crowd.name, crowd.count, ways, site.memory))
+    return found
+
+
+def _split_bill(
+    est: Estimator, spec: ex.Activations, crowd: Crowd, data: Sizes, cut: int
+) -> Bill:  # fmt: skip
+    """What one client of a crowd has to pay at this cut."""
+    model, experiment, home = est.model, est.experiment, spec.labels == "client"
+    parts: list[Part] = ["client", "tail"] if home else ["client"]
+    mine = sorted({n for part in parts for n in model.tunables_of(model.part(part, cut))})
+    mine = [n for n in mine if n in costs.travelling(model)]
+    half = costs.tunable_bytes(model, mine)
+    private = est.private(crowd, data.longest)
+    present = (experiment.exchange.clients_per_round or data.clients) / data.clients
+    late = (1 - present) * (1 - 1 / experiment.rounds)  # who missed a round is brought up to date
+    number, every = len(private), spec.average_every
+    averages = uploads = 1
+    if every:
+        most = max(len(est.private(other, data.longest)) for other in data.crowds)
+        averages, uploads = -(-most // every), -(-number // every)
+    size = replace(
+        crowd.train.size, tokens=int(costs.kept(crowd.train.lengths, spec.keep_tokens).sum())
+    )  # fmt: skip
+    up, down = costs.activations_roles(
+        model, spec, size, experiment.training.epochs, half, averages, uploads
+    )
+    down["parameter"] += round(late * half)
+    if experiment.training.sampling == "loss" and not home:  # weights up, losses down
+        units = size.rows if model.classification else size.units
+        up["statistic"] = down["statistic"] = units * experiment.training.epochs * costs.FLOAT
+    told: dict[str, Any] = {} if isinstance(spec.cut, int) else {"cut": cut}
+    frames = _split_frames(
+        est, spec, crowd, private, _shapes(model, mine), averages + late, uploads, told
+    )
+    flops, memory, server = _split_client(est, spec, crowd, data, cut)
+    hidden = int(private.tokens.mean() * spec.keep_tokens), model.width
+    shapes: costs.Shapes
+    shapes = {"activation": {"hidden": hidden}, "gradient": {"gradient": hidden},
+              "parameter": _shapes(model, mine)}  # fmt: skip
+    return Bill(crowd, up, down, shapes, frames, flops, memory, server, number)
+
+
 def _split_frames(
-    est: Estimator, crowd: Crowd, private: Batches, home: bool,
-    sent: dict[str, tuple[int, ...]], averages: float, uploads: int,
+    est: Estimator, spec: ex.Activations, crowd: Crowd, private: Batches,
+    sent: dict[str, tuple[int, ...]], averages: float, uploads: int, told: dict[str, Any],
 ) -> _Frames:  # fmt: skip
     """What crosses for the batches of a round, and for its averages."""
     frames, number = _Frames(est, "activations", crowd), len(private)
-    cells, rows = int(private.tokens.mean()), int(private.rows.mean())
+    home, rows = spec.labels == "client", int(private.rows.mean())
+    cells = int(private.tokens.mean() * spec.keep_tokens)
     hidden = (cells, est.model.width)
     bare = {"hidden": hidden, "lengths": (rows,)}
     facts = {"left": 10, "number": 10, "units": rows}
-    frames.add("down", "c1", "forward", times=number)
+    frames.add("down", "c1", "forward", times=number, **told)
     shapes = bare if home else {**bare, "labels": (rows,)}
+    given: dict[str, tuple[int, ...]] = {"gradient": hidden}
+    if spec.keep_tokens < 1:
+        shapes = {**shapes, "places": (cells,)}
+    if est.training.sampling == "loss" and not home:
+        units = int(private.units.mean())
+        shapes, given = {**shapes, "weights": (units,)}, {**given, "losses": (units,)}
     frames.add("up", "c2", "", "activation", number, shapes, **facts)
     if home:
         frames.add("down", "c3", "head", "activation", number, {"hidden": hidden})
         frames.add("up", "c3", "", "gradient", number, {"gradient": hidden}, loss=LOSS)
-    frames.add("down", "c4", "backward", "gradient", number, {"gradient": hidden})
+    frames.add("down", "c4", "backward", "gradient", number, given)
     frames.add("up", "c5", times=number)
-    frames.add("down", "cc1", "collect", times=uploads)
+    frames.add("down", "cc1", "collect", times=uploads, **told)
     frames.add("up", "cc1", "", "parameter", uploads, sent)
     frames.add("down", "cc3", "replace", "parameter", averages, sent)
     frames.add("up", "cc4", times=averages)
     return frames
 
 
+def _thinned(batches: Batches, share: float) -> Batches:
+    """Batches of which only this share of the tokens crosses."""
+    if share == 1:
+        return batches
+    return replace(
+        batches, lengths=costs.kept(batches.lengths, share),
+        tokens=costs.kept(batches.tokens, share),
+    )  # fmt: skip
+
+
 def _split_client(
-    est: Estimator, crowd: Crowd, data: Sizes, cut: int, home: bool
+    est: Estimator, spec: ex.Activations, crowd: Crowd, data: Sizes, cut: int
 ) -> tuple[float, int, float]:
     """(FLOPs, peak bytes) of a client's side, and FLOPs of the server's for its batches."""
-    model, private = est.model, est.private(crowd, data.longest)
-    begin = min(_fits(est, crowd, est.begin), cut)
+    model, private, home = est.model, est.private(crowd, data.longest), spec.labels == "client"
+    watched = spec.keep_tokens < 1 and spec.keep_by == "attention"
+    begin = min(_fits(est, crowd, est.begin), cut - 1 if watched else cut)
     once, kept, peak = _below(est, crowd.train, begin, len(crowd.train.lengths), _first(est, data))
     core = model.part("client", cut, begin)
     flops = once + est.flops(private, "client", True, cut, begin)
+    if watched:
+        rows = zip(private.rows.tolist(), private.lengths.tolist(), strict=True)
+        flops += sum(count * watching(length, model.width) for count, length in rows)
     held = est.held(core) + est.reserved(core)
     if kept:
         held += est.held(model.part("client", begin)) + kept
@@ -399,7 +545,7 @@ def _split_client(
         memory = max(
             memory, est.held(tail) + est.reserved(tail) + _waiting(est, "tail", private, cut)
         )
-    there = est.travelled(crowd)
+    there = _thinned(est.travelled(crowd), spec.keep_tokens)
     server = est.flops(there, "body" if home else "server", True, cut, input_grad=True)
     return flops, memory, server
 
@@ -413,16 +559,23 @@ def _waiting(est: Estimator, part: Part, batches: Batches, cut: int, begin: int 
     return found
 
 
-def _split_server(est: Estimator, spec: ex.Activations, data: Sizes, cut: int, home: bool) -> int:
-    """Peak bytes of the server's side."""
-    part: Part = "body" if home else "server"
-    core = est.model.part(part, cut)
+def _split_server(
+    est: Estimator, spec: ex.Activations, data: Sizes, cuts: Sequence[tuple[int, int]]
+) -> int:
+    """Peak bytes of the server's side; cuts: each with the number of its clients."""
+    part: Part = "body" if spec.labels == "client" else "server"
+    lowest = est.model.part(part, min(cut for cut, _ in cuts))
     present = est.experiment.exchange.clients_per_round or data.clients
-    own = est.reserved(core) * (present if spec.server == "per-client" else 1)
+    own = est.reserved(lowest)
+    if spec.server == "per-client":
+        every = sum(count * est.reserved(est.model.part(part, cut)) for cut, count in cuts)
+        own = round(every * present / data.clients)
     batches = est.heaviest(data)
     if spec.server == "concatenated":
         batches = _side_by_side(est, data, present / data.clients)
-    return est.held(core) + own + _waiting(est, part, batches, cut)
+    batches = _thinned(batches, spec.keep_tokens)
+    most = max(_waiting(est, part, batches, cut) for cut in {cut for cut, _ in cuts})
+    return est.held(lowest) + own + most
 
 
 def _side_by_side(est: Estimator, data: Sizes, share: float) -> Batches:

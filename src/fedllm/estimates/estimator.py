@@ -15,11 +15,11 @@ from fedllm import costs
 from fedllm import experiment as ex
 from fedllm.costs import Blueprint
 from fedllm.errors import FedllmError
+from fedllm.estimates.sizes import Batches, Crowd, Rows, Shape, Sizes
 from fedllm.models.core import Core, Part
 from fedllm.models.flops import written
 from fedllm.models.inputs import Inputs
 from fedllm.models.loading import LanguageModel, calm
-from fedllm.planning.sizes import Batches, Crowd, Rows, Shape, Sizes
 from fedllm.streams import stream
 from fedllm.training.batches import order
 from fedllm.training.fit import LOGITS
@@ -43,6 +43,8 @@ class Estimator:
         """
         self.experiment = experiment
         self.training = experiment.training
+        self._others: dict[int, Estimator] = {}
+        self.labels = labels
         self.shapes = Blueprint(experiment.model, experiment.task, experiment.tunables, labels)
         self.anchors = anchors or ((1, self.shapes),)
         self.model = self.shapes.whole
@@ -53,6 +55,18 @@ class Estimator:
         self._held: dict[tuple[object, ...], int] = {}  # both by a part's key
         self._reserved: dict[tuple[object, ...], int] = {}
         self._lives: dict[tuple[object, ...], tuple[int, int, int]] = {}
+
+    def at(self, rank: int | None) -> Estimator:
+        """The same with LoRA of this rank; None: as it is."""
+        spec = self.experiment.tunables
+        if rank is None or not isinstance(spec, ex.Lora) or rank == spec.rank:
+            return self
+        if rank not in self._others:
+            experiment = self.experiment.replace(tunables=spec.even(rank))
+            self._others[rank] = Estimator(experiment, self.labels)
+        found = self._others[rank]
+        found.few = self.few
+        return found
 
     # FLOPs ------------------------------------------------------------------------------------
 
@@ -158,7 +172,12 @@ class Estimator:
     def _packed(self, name: str, weight: Tensor) -> bool:
         family = self.model.family
         inside = family is None or f"{family.backbone}.{family.blocks}." in name
-        return inside and weight.ndim == 2 and name not in self.model.initial
+        return (
+            inside
+            and weight.ndim == 2
+            and ".lora_" not in name
+            and (name not in self.model.initial)
+        )
 
     def reserved(self, core: Core) -> int:
         """Bytes of a part's trained copies and their optimizer."""

@@ -1,0 +1,1 @@
+"""What a round costs, foreseen by formula: for plans, and for choices that a run makes itself."""

@@ -1,0 +1,122 @@
+"""
+Clients with LoRA of different ranks, and ranks that change (Yan et al., section IV-A2 and A3).
+
+What the server has is of the highest rank of the round; a client gets its first components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedllm import experiment as ex
+from fedllm.exchange import Want, like
+from fedllm.lora import A, B, excess, grow, rank_of, resized, shrink
+from fedllm.message import Message
+from fedllm.models.loading import LanguageModel
+from fedllm.strategies.base import Group, ServerState, Setup
+from fedllm.streams import stream
+
+RANK = "rank"  # in what the server keeps of a client: the one that it went down to
+
+
+class Ranks:
+    """Who has which rank in which round."""
+
+    def __init__(self, options: ex.Parameters, setup: Setup, model: LanguageModel) -> None:
+        """options: whether clients prune.  setup: their ranks.  model: the schedule."""
+        self.pruning = options.prune
+        self.setup = setup
+        self.spec = model.spec if isinstance(model.spec, ex.Lora) else None
+
+    @property
+    def first(self) -> int:
+        """The highest rank of the first round; 0 where there is no LoRA."""
+        return 0 if self.spec is None else self.spec.most(1)
+
+    def due(self, shared: Group, round: int) -> Group:
+        """What the server has, at the rank of this round (P-10)."""
+        own = rank_of(shared)
+        rank = own if self.spec is None else self.spec.most(round)
+        if rank < own:
+            return shrink(shared, rank)
+        return grow(shared, rank, stream(self.setup.seed, "rank", round)) if rank > own else shared
+
+    def of(self, state: ServerState, client: str, shared: Group) -> int:
+        """A client's rank, where the server has these."""
+        most = rank_of(shared)
+        pruned = state.clients.get(client, {}).get(RANK)
+        return min(
+            most, self.setup.ranks.get(client, most), most if pruned is None else int(pruned)
+        )
+
+    def want(self, given: Group) -> Want:
+        """What a client that was given these may answer: the same shapes, or those of fewer."""
+        whole = Want(("loss",), ("weight",), like(given))
+        rank = rank_of(given)
+        if self.pruning is None or kept(rank, self.pruning) == rank:
+            return whole
+        cut = Want(shapes=like(resized(given, kept(rank, self.pruning))))
+
+        def look(reply: Message) -> str:
+            return cut.misfit(reply) and whole.misfit(reply)
+
+        return Want(("loss",), ("weight",), look=look)
+
+    def told(self, state: ServerState, updates: Mapping[str, Group]) -> dict[str, Group]:
+        """What the server keeps of its clients: the ranks to which they went down (P-09)."""
+        if self.pruning is None:
+            return state.clients
+        found = {
+            client: {RANK: torch.tensor(rank_of(update))} for client, update in updates.items()
+        }
+        return {**state.clients, **found}
+
+
+def kept_at(optimizer: Group, before: Group, now: Group) -> Group:
+    """
+    The server's optimizer for tunables that may be of another rank than before.
+
+    Of factors that are, it begins anew: steps at one rank say nothing of those at another.
+    """
+    if rank_of(before) == rank_of(now):
+        return optimizer
+    return {name: t for name, t in optimizer.items() if A not in name and B not in name}
+
+
+def kept(rank: int, share: float) -> int:
+    """What is left of a rank after pruning: at least 1."""
+    return max(int(rank * share), 1)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """
+    HETLORA's self-pruning (arXiv 2401.06432; P-09).
+
+    ``weight`` |B[:, g r:]| |A[g r:, :]|, summed over the modules, is minimized besides the loss;
+    where it is less after local training than before, the rank goes down to g r, for good.
+    """
+
+    kept: int
+    weight: float
+
+    def __call__(self, tunables: Mapping[str, Tensor]) -> Tensor:
+        """The regularizer."""
+        return self.weight * excess(tunables, self.kept)
+
+    def cut(self, start: Group, after: Group) -> Group:
+        """What training gave, at the lower rank where there is less above it than at the start."""
+        less = bool(excess(after, self.kept) < excess(start, self.kept))
+        return resized(after, self.kept) if less else after
+
+
+def pruning(options: ex.Parameters, start: Group) -> Pruning | None:
+    """For a client that starts from these; none where it does not prune, or has one component."""
+    rank = rank_of(start)
+    if options.prune is None or kept(rank, options.prune) == rank:
+        return None
+    return Pruning(kept(rank, options.prune), options.prune_penalty)

@@ -1,0 +1,282 @@
+"""Runs of clients with different ranks, of ranks that change, and of a frozen first factor."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedllm import costs, federation
+from fedllm import experiment as ex
+from fedllm.aggregation import UNEQUAL
+from fedllm.errors import FedllmError
+from fedllm.lora import grow, pairs, rank_of, resized
+from fedllm.models.export import load_adapter
+from fedllm.planning import plan
+from fedllm.round import Federation
+from fedllm.streams import stream
+from small import build, experiment, finish
+
+UNEVEN: dict[str, Any] = {"kind": "lora", "rank": 4, "ranks": [1, 2, 4], "layers": [3]}
+
+
+def uneven(rule: str = "zero-pad", **sections: Any) -> ex.Experiment:
+    strategy = {"kind": "parameters", "aggregation": rule, **sections.pop("strategy", {})}
+    sections.setdefault("tunables", UNEVEN)
+    sections.setdefault("training", {"rate": 0.03})
+    return experiment(
+        "builtin#4", rows=18, strategy=strategy,
+        **{"rounds": 2, "evaluation": {"every": 0}, **sections},
+    )  # fmt: skip
+
+
+def paid(built: Federation, round: int, client: str, direction: str = "up") -> int:
+    step = "a3" if direction == "up" else "a1"
+    return sum(
+        r.payload_bytes
+        for r in built.ledger.rows
+        if (r.round, r.client, r.direction, r.step) == (round, client, direction, step)
+    )
+
+
+def flops(built: Federation, round: int, client: str) -> int:
+    return sum(r.flops for r in built.ledger.rows
+               if (r.round, r.client, r.step) == (round, client, "a2"))  # fmt: skip
+
+
+def test_each_client_has_its_own_rank_under_every_rule() -> None:
+    """The first round trains the same; of all, ``flexlora`` is nearest to the mean of products."""
+    gaps, losses = {}, set()
+    for rule in UNEQUAL:
+        built = build(uneven(rule))
+        end = finish(built)
+        first = built.model.initial
+        assert {n: t.shape for n, t in end.server.shared.items()} == {
+            n: t.shape for n, t in first.items()
+        }
+        for client, rank in (("client-1", 1), ("client-2", 2), ("client-3", 4)):
+            size = costs.parameters_payload(built.model, rank=rank)
+            for number in (1, 2):
+                assert (paid(built, number, client), paid(built, number, client, "down")) == size
+        gaps[rule] = end.history[0]["product_gap"]
+        losses.add(end.history[0]["loss"])
+    assert len(losses) == 1
+    assert all(gaps["flexlora"] < gaps[rule] for rule in UNEQUAL if rule != "flexlora")
+
+
+def test_a_plan_of_several_ranks_is_what_a_run_pays() -> None:
+    spec = uneven("flexlora", tunables={**UNEVEN, "schedule": {"1": 1, "2": 4}})
+    built = build(spec)
+    finish(built)
+    line = plan.look(spec).lines[0]
+    up = [paid(built, number, f"client-{k}") for number in (1, 2) for k in (1, 2, 3)]
+    assert line.payload[0] == pytest.approx(sum(up) / 6, abs=1)
+    work = sum(flops(built, number, f"client-{k}") for number in (1, 2) for k in (1, 2, 3))
+    assert line.flops == pytest.approx(work / 6, rel=1e-3)
+    other = plan.look(spec.replace(tunables=spec.tunables.even(4))).lines[0]  # type: ignore[union-attr]
+    assert other.flops > line.flops and other.memory >= line.memory
+
+
+def test_the_first_values_are_the_first_components() -> None:
+    built = build(uneven(rounds=1))
+    heard: dict[str, dict[str, torch.Tensor]] = {}
+    real = built.strategy.tasks["train"]
+
+    def train(site: Any, message: Any) -> Any:
+        heard[site.name] = dict(message.tensors)
+        return (yield from real(site, message))  # type: ignore[misc]
+
+    built.strategy.tasks = {"train": train}
+    finish(built)
+    first = built.model.initial
+    for got in heard.values():
+        for a, b in pairs(first):
+            assert torch.equal(got[a], first[a][: rank_of(got)])
+            assert torch.equal(got[b], first[b][:, : rank_of(got)])
+    assert {c: rank_of(t) for c, t in heard.items()} == {
+        "client-1": 1, "client-2": 2, "client-3": 4
+    }  # fmt: skip
+
+
+def test_payloads_and_cohorts_change_nothing_but_rounding() -> None:
+    """Law 3; what travels as a difference is the same."""
+    ends = []
+    for payload, cohort in (("value", 3), ("value", 1), ("delta", 3), ("change", 3)):
+        built = build(uneven("normalized", strategy={"payload": payload}))
+        built.exchange.transport.window = cohort
+        ends.append(finish(built).server.shared)
+    for other in ends[1:]:
+        for name, tensor in ends[0].items():
+            assert torch.allclose(tensor, other[name], atol=2e-5)
+
+
+def test_a_table_says_whose_rank_is_which() -> None:
+    spec = uneven(tunables={**UNEVEN, "ranks": {"client-2": 1}})
+    assert federation.halve(
+        spec, 0, federation.prepare(spec, 0), federation.Silent()
+    ).setup.ranks == {"client-2": 1}
+    with pytest.raises(FedllmError, match=r"tunables.ranks.klient-2: no such .*'client-2'"):
+        build(uneven(tunables={**UNEVEN, "ranks": {"klient-2": 1}}))
+
+
+def test_a_reply_of_another_rank_is_its_clients_failure() -> None:
+    built = build(uneven(exchange={"minimum_replies": 2}))
+    real = built.strategy.train  # type: ignore[attr-defined]
+
+    def train(site: Any, message: Any) -> Any:
+        reply = yield from real(site, message)
+        if site.name == "client-3":
+            reply.tensors.update(resized(reply.tensors, 2))
+        return reply
+
+    built.strategy.tasks = {"train": train}
+    finish(built)
+    faults = [r for r in built.ledger.rows if r.failures]
+    assert {r.client for r in faults} == {"client-3"}
+    assert all("with shape" in r.reason for r in faults)
+
+
+# P-09 ---------------------------------------------------------------------------------------------
+
+
+def test_pruned_clients_send_less_and_never_grow_again() -> None:
+    """A penalty that outweighs the loss shrinks what is above, after the first round's start."""
+    spec = uneven(
+        "hetlora", rounds=3, strategy={"prune": 0.5, "prune_penalty": 30.0},
+        training={"rate": 0.02},
+    )  # fmt: skip
+    built = build(spec)
+    end = finish(built)
+    ranks = {c: int(group["rank"]) for c, group in end.server.clients.items()}
+    assert ranks["client-1"] == 1 and ranks["client-3"] < 4
+    for client, first in (("client-1", 1), ("client-2", 2), ("client-3", 4)):
+        sent = [paid(built, number, client) for number in (1, 2, 3)]
+        sizes = {costs.parameters_payload(built.model, rank=r)[0]: r for r in (1, 2, 4)}
+        found = [sizes[size] for size in sent]
+        assert found == sorted(found, reverse=True) and found[0] <= first
+        assert found[-1] == ranks[client]
+        down = [sizes[paid(built, number, client, "down")] for number in (2, 3)]
+        assert down == found[:2]  # the server was told
+
+
+def test_without_a_penalty_nobody_is_pruned_where_nothing_shrinks() -> None:
+    end = finish(build(uneven("hetlora", rounds=1, strategy={"prune": 0.5})))
+    assert {int(group["rank"]) for group in end.server.clients.values()} == {1, 2, 4}
+
+
+# P-10 ---------------------------------------------------------------------------------------------
+
+
+def test_growth_changes_no_logit() -> None:
+    built = build(uneven())
+    site = built.worker.sites["client-1"]
+    noise = torch.Generator().manual_seed(1)
+    own = {n: t + 0.1 * torch.randn(t.shape, generator=noise)
+           for n, t in resized(site.model.initial, 2).items()}  # fmt: skip
+    inputs = site.plan(site.train, "private").batch([0, 1, 2]).inputs
+    grown = grow(own, 4, stream("growth"))
+    one, other = (site.model.whole.apply_to(t, inputs) for t in (own, grown))
+    assert torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
+SCHEDULE: dict[str, Any] = {"kind": "lora", "rank": 4, "schedule": {"1": 1, "2": 4, "3": 2}}
+
+
+def test_the_payload_follows_the_schedule_and_a_resumed_run_is_the_same(tmp_path: Path) -> None:
+    """Optimizers go on through growth; a shorter list of ranks at the end is exported as it is."""
+    spec = experiment(
+        rounds=3, tunables={**SCHEDULE, "layers": [3]}, rows=18,
+        training={"optimizer": "adam", "optimizer_state": "keep", "rate": 0.01},
+        evaluation={"every": 0},
+    )  # fmt: skip
+    prepared = federation.prepare(spec, 0)
+
+    class Stop(federation.Silent):
+        def round(self, entry: Any) -> None:
+            raise KeyboardInterrupt
+
+    federation.run(spec, 0, tmp_path / "whole", prepared=prepared)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            federation.run(spec, 0, tmp_path / "cut", prepared=prepared, listener=Stop(),
+                           resume=(tmp_path / "cut").exists())  # fmt: skip
+    federation.run(spec, 0, tmp_path / "cut", resume=True, prepared=prepared)
+    whole, cut = ({p.name: p.read_bytes() for p in (tmp_path / n / "checkpoints").rglob("*.safe*")}
+                  for n in ("whole", "cut"))  # fmt: skip
+    assert whole == cut
+    built = build(spec)
+    end = finish(built)
+    for number, rank in ((1, 1), (2, 4), (3, 2)):
+        up, _ = costs.parameters_payload(built.model, rank=rank)
+        assert paid(built, number, "client-1") == up
+    steps = {float(t) for n, t in built.worker.sites["client-1"].group("optimizer").items()
+             if n.endswith("|step") and "lora" not in n}  # fmt: skip
+    assert steps == {3.0 * -(-len(built.worker.sites["client-1"].train) // 8)}
+    assert rank_of(end.server.shared) == 2
+    again = load_adapter(built.model, tmp_path / "whole" / "adapter")
+    assert all(torch.equal(again[n], t) for n, t in end.server.shared.items())
+
+
+# P-14 ---------------------------------------------------------------------------------------------
+
+
+def test_with_a_frozen_first_factor_the_mean_is_the_mean_of_products(tmp_path: Path) -> None:
+    """And the payload of LoRA is d_out / (d_in + d_out) of what it was: 3 of 4 for c_attn."""
+    spec = uneven("mean", rounds=1, tunables={"kind": "lora", "rank": 2, "freeze_a": True})
+    built = build(spec)
+    plain = build(uneven("mean", rounds=1, tunables={"kind": "lora", "rank": 2}))
+    sent: dict[str, dict[str, torch.Tensor]] = {}
+    inner = built.strategy.rule  # type: ignore[attr-defined]
+
+    def listen(updates: Any, weights: Any) -> Any:
+        sent.update(updates)
+        return inner(updates, weights)
+
+    built.strategy.rule = listen  # type: ignore[attr-defined]
+    shared, end = finish(built).server.shared, finish(plain)
+    own = dict(built.model.whole.named_parameters())
+    names = [a for a, _ in pairs(own)]
+    assert names and not any(a in shared for a in names)
+    assert all(torch.equal(own[a], plain.model.initial[a]) for a in names)  # from the seed
+    total = sum(len(s.train) for s in built.worker.sites.values())
+    for a, b in pairs(own):
+        products = sum(len(built.worker.sites[c].train) / total * (u[b] @ own[a])
+                       for c, u in sent.items())  # fmt: skip
+        assert torch.allclose(shared[b] @ own[a], products, rtol=0, atol=1e-6)
+    assert end.history[0]["product_gap"] > 1e-4  # which the mean of both factors is not
+    head = costs.tunable_bytes(built.model, sorted(built.model.head))
+    less, more = (paid(one, 1, "client-1") - head for one in (built, plain))
+    assert less / more == pytest.approx(0.75)
+    federation.save_adapter(built.model, shared, tmp_path, ["x"])
+    again = load_adapter(built.model, tmp_path)
+    assert all(torch.equal(again[n], t) for n, t in shared.items())
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"strategy": {"aggregation": "mean"}}, "different ranks .*'zero-pad', 'normalized'"),
+        ({"tunables": {**UNEVEN, "ranks": [8]}}, "8 is more than rank = 4"),
+        ({"tunables": {**UNEVEN, "ranks": ["x"]}}, "expected a list of ranks"),
+        ({"tunables": {**UNEVEN, "freeze_a": True}}, "freeze_a: one first matrix for all"),
+        ({"tunables": {**UNEVEN, "schedule": {"2": 2}}}, "schedule: expected rounds from 1"),
+        ({"tunables": {"kind": "bitfit"}}, "both factors of LoRA.*'bitfit'"),
+        ({"strategy": {"aggregation": "hetlora", "balance": {}}}, "has weights of its own"),
+        ({"strategy": {"prune": 0.5}}, "prune: only with aggregation = 'hetlora'"),
+        ({"strategy": {"mentor": "builtin#2"}}, "strategy.mentor: with one rank only"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(FedllmError, match=said):
+        uneven(**sections)
+
+
+@pytest.mark.parametrize("kind", ["logits", "activations", "standalone", "centralized"])
+def test_other_strategies_have_one_rank(kind: str) -> None:
+    with pytest.raises(
+        FedllmError, match=r"tunables\.ranks: only with strategy.kind = 'parameters'"
+    ):
+        experiment(tunables=UNEVEN, strategy={"kind": kind})

@@ -134,14 +134,13 @@ def test_zeros_and_shapes_are_kept(name: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_no_number_is_seen_behind_every_codec(name: str, bad: float) -> None:
     """So that the exchange can refuse it; and no memory is spoilt for ever."""
-    if bad == math.inf and {"fp16", "bf16"} & set(name.split("+")):
-        pytest.skip("clamped to the largest number")
+    clamped = bad == math.inf and {"fp16", "bf16"} & set(name.split("+"))  # to the largest number
     for place in (0, 7, 151):
         x = drawn((19, 8), 1)
         x.view(-1)[place] = bad
         used = codec(name)
         state, parts = used.encode({}, x, ("any",))
-        assert not bool(torch.isfinite(used.decode(parts)).all())
+        assert clamped or not bool(torch.isfinite(used.decode(parts)).all())
         assert all(bool(torch.isfinite(t).all()) for t in state.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
@@ -39,9 +40,9 @@ class Sparse(Codec):
         """How many of n numbers travel."""
         return min(math.ceil(n * self.percent / 100), n)
 
+    @abstractmethod
     def sparse(self, shape: Shape, kind: torch.dtype) -> Layout:
         """The parts, where it is worth it."""
-        raise NotImplementedError
 
     def layout(self, shape: Shape, kind: torch.dtype = torch.float32) -> Layout:
         """The parts, or the tensor itself."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.mean import Updates, check, mean
-from fedllm.lora import A, B, best, core, pairs, rank_of, resized
+from fedllm.lora import A, B, best, pairs, rank_of, resized
 
 UnequalRule = Callable[[Updates, Mapping[str, float], Mapping[str, Tensor]], dict[str, Tensor]]
 """(updates, weights, what the server had before, whose rank is that of the result) -> result."""
@@ -131,10 +131,15 @@ def product_gap(
     rank, apart, whole = rank_of(combined), 0.0, 0.0
     for a, b in pairs(combined):
         left, right = mean_product(updates, weights, a, b)
-        whole += float(core(left, right)[1].square().sum())
+        whole += _square(left, right)
         wide = torch.cat([left, -combined[b].double() / rank], 1)
-        apart += float(core(wide, torch.cat([right, combined[a].double()]))[1].square().sum())
-    return (apart / whole) ** 0.5 if whole else 0.0
+        apart += _square(wide, torch.cat([right, combined[a].double()]))
+    return (max(apart, 0.0) / whole) ** 0.5 if whole else 0.0
+
+
+def _square(left: Tensor, right: Tensor) -> float:
+    """|L R|_F^2 = sum of (L'L) * (R R'): no product of all rows and columns, no decomposition."""
+    return float(((left.T @ left) * (right @ right.T)).sum())
 
 
 def _filled(updates: Updates, before: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

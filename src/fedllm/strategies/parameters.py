@@ -23,9 +23,7 @@ from fedllm.strategies.mentor import MENTOR, learn_together
 from fedllm.strategies.ranks import Ranks, kept_at, pruning
 from fedllm.training.jobs import Tasked
 
-PRODUCT_GAP = (
-    "product_gap"  # how far the combined model lies from the mean of the clients' products
-)
+PRODUCT_GAP = "product_gap"  # of what was combined to the mean of the clients' products
 
 
 class Parameters:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench study paper knowledge unequal results clean
+.PHONY: demo test lint bench study paper knowledge unequal messages results clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,7 +27,7 @@ bench: $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/speed.py --out benchmarks/RESULTS.md
 
-study: paper knowledge
+study: paper knowledge unequal messages
 
 paper: $(STAMP)
 	for grid in rank samples bounds public; do \
@@ -41,9 +41,15 @@ knowledge: $(STAMP)
 	$(BIN)/python scripts/mutual.py runs/mutual docs/mutual
 
 unequal: $(STAMP)
-	for grid in rules schedule; do \
+	for grid in rules schedule optimizers; do \
 	  $(BIN)/fedllm sweep experiments/unequal/$$grid.toml --out runs/unequal/$$grid --jobs 2 --resume \
-	  || exit 1; done
+	  && $(BIN)/python scripts/unequal.py runs/unequal docs/unequal-study || exit 1; done
+
+messages: $(STAMP)
+	for grid in parameters activations logits tokens; do \
+	  $(BIN)/fedllm sweep experiments/small-messages/$$grid.toml --out runs/small-messages/$$grid \
+	    --jobs 2 --resume \
+	  && $(BIN)/python scripts/messages.py runs/small-messages docs/messages-study || exit 1; done
 
 results: $(STAMP)
 	$(BIN)/fedllm compare experiments/banking77-minilm.toml --out runs/banking77-minilm --resume

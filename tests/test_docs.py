@@ -27,7 +27,7 @@ PAGES = sorted(
     if page.exists()
 )  # fmt: skip
 TARGETS = {"demo", "test", "lint", "bench", "study", "paper", "knowledge", "unequal",
-           "results"}  # fmt: skip
+           "messages", "results"}  # fmt: skip
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 

@@ -148,20 +148,40 @@ def test_pruned_clients_send_less_and_never_grow_again() -> None:
     built = build(spec)
     end = finish(built)
     ranks = {c: int(group["rank"]) for c, group in end.server.clients.items()}
-    assert ranks["client-1"] == 1 and ranks["client-3"] < 4
+    assert "client-1" not in ranks and ranks["client-3"] < 4  # of 1 nothing can go
     for client, first in (("client-1", 1), ("client-2", 2), ("client-3", 4)):
         sent = [paid(built, number, client) for number in (1, 2, 3)]
         sizes = {costs.parameters_payload(built.model, rank=r)[0]: r for r in (1, 2, 4)}
         found = [sizes[size] for size in sent]
         assert found == sorted(found, reverse=True) and found[0] <= first
-        assert found[-1] == ranks[client]
+        assert found[-1] == ranks.get(client, first)
         down = [sizes[paid(built, number, client, "down")] for number in (2, 3)]
         assert down == found[:2]  # the server was told
 
 
 def test_without_a_penalty_nobody_is_pruned_where_nothing_shrinks() -> None:
     end = finish(build(uneven("hetlora", rounds=1, strategy={"prune": 0.5})))
-    assert {int(group["rank"]) for group in end.server.clients.values()} == {1, 2, 4}
+    assert end.server.clients == {}
+
+
+def test_what_a_schedule_holds_back_is_not_pruned() -> None:
+    """Who had one component in the first round has its own rank in the second."""
+    spec = uneven("hetlora", tunables={**UNEVEN, "schedule": {1: 1, 2: 4}}, strategy={"prune": 0.5})
+    built = build(spec)
+    finish(built)
+    for client, rank in (("client-1", 1), ("client-2", 2), ("client-3", 4)):
+        size, _ = costs.parameters_payload(built.model, rank=rank)
+        assert paid(built, 2, client, "down") == size
+
+
+@pytest.mark.parametrize("rule", ["zero-pad", "hetlora"])
+def test_what_nobody_of_a_round_owns_adds_nothing_and_can_still_learn(rule: str) -> None:
+    """With both factors zero there would be no gradient of either, for good."""
+    built = build(uneven(rule, rounds=1, tunables={**UNEVEN, "ranks": [1, 2, 1]}))
+    shared, first = finish(built).server.shared, built.model.initial
+    for a, b in pairs(shared):
+        assert torch.equal(shared[a][2:], first[a][2:]) and not shared[b][:, 2:].any()
+        assert bool(shared[b][:, 1].any())
 
 
 # P-10 ---------------------------------------------------------------------------------------------
@@ -267,6 +287,18 @@ def test_with_a_frozen_first_factor_the_mean_is_the_mean_of_products(tmp_path: P
         ({"strategy": {"aggregation": "hetlora", "balance": {}}}, "has weights of its own"),
         ({"strategy": {"prune": 0.5}}, "prune: only with aggregation = 'hetlora'"),
         ({"strategy": {"mentor": "builtin#2"}}, "strategy.mentor: with one rank only"),
+        ({"strategy": {"prune_penalty": 0.5}}, "prune_penalty = 0.5: only with prune"),
+        (
+            {
+                "strategy": {"mentor": "builtin#2", "aggregation": "hetlora", "prune": 0.5},
+                "tunables": {"kind": "lora"},
+            },
+            "leave strategy.prune out",
+        ),
+        (
+            {"strategy": {"aggregation": "flexlora"}, "training": {"optimizer_state": "keep"}},
+            "another basis in every round.*expected 'reset'",
+        ),
     ],
 )
 def test_ranks_that_cannot_be_are_refused(sections: dict[str, Any], said: str) -> None:

@@ -142,9 +142,12 @@ def test_who_owns_a_component_alone_is_not_diluted() -> None:
     assert close(padded[a][3], updates["client-2"][a][3] * 2 / 8)  # and this one is
 
 
-def test_what_nobody_owns_stays_as_it_was() -> None:
-    updates, before = clients(1, 2), client(4, 99)
-    result = UNEQUAL["normalized"](updates, some(updates), before)
+@pytest.mark.parametrize("weightless", [False, True])
+def test_what_nobody_owns_stays_as_it_was(weightless: bool) -> None:
+    """Or only those who do not count (``strategy.balance`` may have it so)."""
+    updates, before = clients(1, 2, *[4] * weightless), client(4, 99)
+    weights = {**some(updates), "client-3": 0.0}
+    result = UNEQUAL["normalized"](updates, weights, before)
     assert torch.equal(result["x.lora_A.default.weight"][2:], before["x.lora_A.default.weight"][2:])
 
 

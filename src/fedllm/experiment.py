@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -456,6 +455,11 @@ class Parameters(Section):
             raise ValueError(
                 f"prune: only with aggregation = 'hetlora' (here {self.aggregation!r})"
             )
+        default = type(self).model_fields["prune_penalty"].default
+        if self.prune is None and self.prune_penalty != default:
+            raise ValueError(
+                f"prune_penalty = {self.prune_penalty:g}: only with prune, the share that is left"
+            )
         if self.balance is not None and self.aggregation in ("uniform", "hetlora"):
             raise ValueError(
                 f"balance: aggregation = {self.aggregation!r} has weights of its own; expected "
@@ -617,6 +621,7 @@ CODECS = ("none", "fp16", "bf16", *INTEGERS, "sign", "zstd")  # of ``codecs``; i
 SIZED = {"lowrank": 999_999, "energy": 100, "topk": 100, "random": 100}  # with at most this number
 FEEDBACK = "feedback"
 ORDER = (tuple(SIZED), CODECS[1:-1], ("zstd",), (FEEDBACK,))  # one of each may follow
+SPARSE = ("topk", "random", "sign")  # they leave most numbers out, or all sizes
 WAYS = ("up", "down")
 
 
@@ -654,13 +659,24 @@ def stages(name: str) -> list[str]:
     return found
 
 
-def _codec(value: str | dict[str, str]) -> str | dict[str, str]:
-    for name in (value,) if isinstance(value, str) else value.values():
+def _codec(value: Any) -> Any:
+    """What codecs of a role may be; the union's own errors would name its branches."""
+    listed = value.values() if isinstance(value, dict) else [value]
+    if not all(isinstance(name, str) for name in listed):
+        raise ValueError(
+            f"{json.dumps(value, default=str)}: expected a codec's name, or a table of them by "
+            "patterns of tensors' names"
+        )
+    for name in listed:
         stages(name)
+    for key in value if isinstance(value, dict) else ():
+        head, sign, _ = key.rpartition(":")
+        if sign and head not in WAYS:
+            raise ValueError(f"{key!r}: no way {head!r}; {nearest(head, WAYS)}")
     return value
 
 
-Codec = Annotated[str | dict[str, str], AfterValidator(_codec)]
+Codec = Annotated[str | dict[str, str], BeforeValidator(_codec)]
 
 
 class Exchange(Section):
@@ -910,7 +926,7 @@ class Experiment(Section):
                     f"sweep: keys of one [[sweep]] change together and need as many values each "
                     f"(here {counts})"
                 )
-        self._fed_back()
+        self._coded()
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: the same seed twice")
         if self.task.kind != "classification" and self.tunables.head != "shared":
@@ -924,31 +940,85 @@ class Experiment(Section):
             )
         return self
 
-    def _fed_back(self) -> None:
-        """What was left out can be added to the next only where each is a difference."""
-        spec = self.strategy
+    def _coded(self) -> None:
+        """What a codec would spoil, by role and way."""
         for role, value in self.exchange.codecs.items():
-            table = {"up:*": value} if isinstance(value, str) else value
-            for key, name in table.items():
-                if not name.endswith(f"+{FEEDBACK}"):
-                    continue
-                where = f"exchange.codecs.{role} = {name!r}"
-                if role != "parameter":
-                    raise ValueError(
-                        f"{where}: rows differ from message to message, and what is left out of "
-                        f"one is no part of the next; expected it without '+{FEEDBACK}'"
-                    )
-                if isinstance(value, str) or key.partition(":")[0] != "up":
-                    raise ValueError(
-                        f"{where}: only what clients send is a new difference each time; expected "
-                        f"exchange.codecs.parameter = {{ up = {name!r} }}"
-                    )
-                whole = isinstance(spec, Parameters) and spec.payload == "value"
-                if whole or isinstance(spec, Activations):
-                    raise ValueError(
-                        f"{where}: needs differences, and here values travel; expected "
-                        "strategy.kind = 'parameters' with payload = 'delta' or 'change'"
-                    )
+            for key, name in ({"": value} if isinstance(value, str) else value).items():
+                head = key.partition(":")[0]
+                ways = (head,) if head in WAYS else WAYS
+                listed = stages(name)
+                if FEEDBACK in listed:
+                    self._fed_back(role, name, ways)
+                kinds = {(sized(stage) or (stage,))[0] for stage in listed}
+                self._left_out(role, name, ways, kinds)
+
+    def _fed_back(self, role: str, name: str, ways: Sequence[str]) -> None:
+        """What was left out can be added to the next only where each is a difference."""
+        spec, where = self.strategy, f"exchange.codecs.{role} = {name!r}"
+        scaffold = isinstance(spec, Parameters) and isinstance(spec.client, Scaffold)
+        if role != "parameter" and not (role == "gradient" and scaffold):
+            raise ValueError(
+                f"{where}: rows differ from message to message, and what is left out of one is no "
+                f"part of the next; expected it without '+{FEEDBACK}'"
+            )
+        if tuple(ways) != ("up",):
+            raise ValueError(
+                f"{where}: only what clients send is a new difference each time; expected "
+                f"exchange.codecs.{role} = {{ up = {name!r} }}"
+            )
+        if role == "parameter" and self._values("up"):
+            raise ValueError(
+                f"{where}: needs differences, and here values travel; expected "
+                "strategy.kind = 'parameters' with payload = 'delta' or 'change'"
+            )
+        if not isinstance(spec, Parameters):
+            return
+        if spec.aggregation == "flexlora":
+            raise ValueError(
+                f"{where}: flexlora gives the factors another basis in every round, in which what "
+                "was left out of the last one means nothing; expected another aggregation, or the "
+                f"codec without '+{FEEDBACK}'"
+            )
+        schedule = isinstance(self.tunables, Lora) and self.tunables.schedule
+        for key, changes in (("tunables.schedule", schedule), ("strategy.prune", spec.prune)):
+            if changes:
+                raise ValueError(
+                    f"{where}: what was left out is of one rank; leave {key} out, or expected the "
+                    f"codec without '+{FEEDBACK}'"
+                )
+
+    def _values(self, way: str) -> bool:
+        """Whether tunables themselves travel this way, and no differences."""
+        spec = self.strategy
+        if isinstance(spec, Parameters):
+            return spec.payload == "value" or (spec.payload == "delta" and way == "down")
+        return isinstance(spec, Activations)
+
+    def _left_out(self, role: str, name: str, ways: Sequence[str], kinds: set[str]) -> None:
+        """Weights, and control variates, of which most numbers or all sizes would be lost."""
+        spec, where = self.strategy, f"exchange.codecs.{role} = {name!r}"
+        scaffold = isinstance(spec, Parameters) and isinstance(spec.client, Scaffold)
+        sparse = sorted(kinds & set(SPARSE))
+        for way in ways:
+            whole = (role == "parameter" and self._values(way)) or (
+                role == "gradient" and scaffold and way == "down"
+            )
+            if sparse and whole:
+                expected = {
+                    "up": "payload = 'delta' or 'change', of which only a difference goes up",
+                    "down": f"{{ up = {name!r} }}, where what goes up is a difference",
+                }[way]
+                raise ValueError(
+                    f"{where}: what travels {way} is values, of which {sparse[0]!r} would leave "
+                    f"few as they are; expected {expected}"
+                )
+            exact = kinds <= {"none", "fp16", "bf16", "zstd", FEEDBACK} or FEEDBACK in kinds
+            if role == "gradient" and scaffold and way == "up" and not exact:
+                raise ValueError(
+                    f"{where}: c has to hear of all that c_k changes by (client.kind = "
+                    f"'scaffold'); expected exchange.codecs.gradient = "
+                    f"{{ up = '{name}+{FEEDBACK}' }}, 'fp16' or 'bf16'"
+                )
 
     def _chosen(self) -> None:
         """What multiple choice and Rouge-L ask of the data, and keys that mean nothing without."""
@@ -1097,6 +1167,8 @@ class Experiment(Section):
                 f"{where}.mentor: its pupil is held back by nothing else; expected "
                 f"{where}.client.kind = 'plain' (here {spec.client.kind!r})"
             )
+        if spec.prune is not None:
+            raise ValueError(f"{where}.mentor: its pupil is not pruned; leave {where}.prune out")
         if self.training.sampling != "uniform":
             raise ValueError(
                 f"{where}.mentor: two models have two losses of a row; expected training.sampling "
@@ -1134,6 +1206,12 @@ class Experiment(Section):
             raise ValueError(
                 f"strategy.aggregation = {rule!r}: clients have different ranks (tunables.ranks); "
                 f"expected {', '.join(map(repr, takes))}"
+            )
+        if rule == "flexlora" and self.training.optimizer_state == "keep":
+            raise ValueError(
+                "training.optimizer_state = 'keep': flexlora gives the factors another basis in "
+                "every round, in which what optimizers remember means nothing; expected 'reset', "
+                "or another aggregation"
             )
         if changing and spec.mentor is not None:
             raise ValueError(f"strategy.mentor: with one rank only so far, without tunables.{key}")

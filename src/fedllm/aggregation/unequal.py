@@ -25,8 +25,15 @@ UnequalRule = Callable[[Updates, Mapping[str, float], Mapping[str, Tensor]], dic
 def zero_pad(
     updates: Updates, weights: Mapping[str, float], before: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The mean of A and of B, filled up with zeros: what few clients own is diluted."""
-    return mean(_filled(updates, before), weights)
+    """
+    The mean of A and of B, filled up with zeros: what few clients own is diluted.
+
+    What nobody owns adds nothing, but keeps its rows of A, without which it could never learn.
+    """
+    result = mean(_filled(updates, before), weights)
+    owned = max(map(rank_of, updates.values()))
+    rows = {n: torch.cat([t[:owned], before[n][owned:]]) for n, t in result.items() if A in n}
+    return {**result, **rows}
 
 
 def normalized(
@@ -43,7 +50,7 @@ def normalized(
     result = mean(filled, scaled)  # right for what everybody owns
     bands: dict[str, list[Tensor]] = {}
     for low, high in pairwise([0, *sorted({*ranks.values(), rank_of(before)})]):
-        owners = {c: filled[c] for c in updates if ranks[c] >= high}
+        owners = {c: filled[c] for c in updates if ranks[c] >= high and scaled[c] > 0}
         part = {c: _band(update, low, high) for c, update in owners.items()}
         found = mean(part, scaled) if part else _band(before, low, high)
         for name, tensor in found.items():
@@ -55,7 +62,7 @@ def hetlora(
     updates: Updates, weights: Mapping[str, float], before: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """``zero_pad`` with the weights of ``strengths`` instead of the given ones (P-09)."""
-    return mean(_filled(updates, before), strengths(updates))
+    return zero_pad(updates, strengths(updates), before)
 
 
 def strengths(updates: Updates) -> dict[str, float]:

@@ -34,6 +34,7 @@ class Half(Codec):
 
     float16: relative error at most 2^-11 within its range, absolute at most 2^-25 below it; values
     beyond 65,504 are clamped to it. bfloat16: relative error at most 2^-8, and float32's range.
+    An infinity stays one, for its receiver to refuse.
     """
 
     def __init__(self, kind: torch.dtype) -> None:
@@ -44,7 +45,10 @@ class Half(Codec):
         self, state: State, x: Tensor, purpose: tuple[object, ...] = ()
     ) -> tuple[State, Parts]:
         """float32 -> two bytes."""
-        return state, {"x": x.clamp(-self.limit, self.limit).to(self.kind)}
+        found = x.clamp(-self.limit, self.limit).to(self.kind)
+        if x.numel() and bool(torch.stack(x.aminmax()).isinf().any()):
+            found = torch.where(x.isinf(), x.to(self.kind), found)
+        return state, {"x": found}
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Two bytes -> float32."""

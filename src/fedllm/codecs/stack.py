@@ -92,8 +92,15 @@ class Feedback(Codec):
     def encode(
         self, state: State, x: Tensor, purpose: tuple[object, ...] = ()
     ) -> tuple[State, Parts]:
-        """``rest`` is what was left out, of the shape of x."""
-        whole = x.float() + state["rest"].to(x.device) if "rest" in state else x.float()
+        """``rest`` is what was left out, of the shape of x. Raises FedllmError for another one."""
+        whole = x.float()
+        if "rest" in state:
+            if state["rest"].shape != x.shape:
+                raise FedllmError(
+                    f"feedback: what was left out is of shape {tuple(state['rest'].shape)}, for a "
+                    f"tensor of {tuple(x.shape)}"
+                )
+            whole = whole + state["rest"].to(x.device)
         _, parts = self.inner.encode({}, whole, purpose)
         rest = whole.cpu() - self.inner.decode({n: t.cpu() for n, t in parts.items()})
         return {"rest": torch.nan_to_num(rest, 0.0, 0.0, 0.0)}, parts

@@ -113,7 +113,7 @@ class Parameters:
         facts: dict[str, int | float | str] = {"loss": mean_loss(replies)}
         if pairs(shared):  # of the rule, whatever the server makes of it
             facts[PRODUCT_GAP] = product_gap(values, weights, combined)
-        kept = self.ranks.told(state, values)
+        kept = self.ranks.told(state, values, ranks)
         return replace(state, shared=stepped, optimizer=optimizer, clients=kept, facts=facts)
 
     def _weights(self, replies: Mapping[str, Message]) -> dict[str, float]:

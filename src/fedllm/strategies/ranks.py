@@ -66,13 +66,20 @@ class Ranks:
 
         return Want(("loss",), ("weight",), look=look)
 
-    def told(self, state: ServerState, updates: Mapping[str, Group]) -> dict[str, Group]:
-        """What the server keeps of its clients: the ranks to which they went down (P-09)."""
+    def told(
+        self, state: ServerState, updates: Mapping[str, Group], given: Mapping[str, int]
+    ) -> dict[str, Group]:  # fmt: skip
+        """
+        What the server keeps of its clients: the ranks to which they went down (P-09).
+
+        given: what they had in this round; who still has it may have more as ``schedule`` goes on.
+        """
         if self.pruning is None:
             return state.clients
         found = {
             client: {RANK: torch.tensor(rank_of(update))} for client, update in updates.items()
-        }
+            if rank_of(update) < given[client]
+        }  # fmt: skip
         return {**state.clients, **found}
 
 

@@ -331,7 +331,7 @@ def test_codecs_are_refused_where_they_make_no_sense(
 
 def test_what_was_left_out_at_another_rank_is_not_added() -> None:
     """A row would be added to every row."""
-    with pytest.raises(FedllmError, match="leave tunables.schedule out"):
+    with pytest.raises(FedllmError, match=r"leave tunables\.schedule out"):
         experiment(strategy={"payload": "delta"}, tunables={"schedule": {1: 1, 2: 2}},
                    exchange={"codecs": {"parameter": {"up": "int8+feedback"}}})  # fmt: skip
     used = codec("topk-10+feedback")

@@ -66,7 +66,7 @@ def test_the_mean_of_1_2_3_is_2(name: str) -> None:
     result = UNEQUAL[name](updates, dict.fromkeys(updates, 1.0), filled(0.0, 1))
     share = 14 / 6 if name == "hetlora" else 2.0  # it weighs 1, 2 and 3 by their norms
     assert close(added(result), torch.full((OUT, IN), ALPHA * share), 1e-5)
-    assert close(result["head"], torch.full((3,), share))
+    assert close(result["head"], torch.full((3,), 2.0))
 
 
 @rules
@@ -138,6 +138,8 @@ def test_who_owns_a_component_alone_is_not_diluted() -> None:
     assert torch.equal(result[b][:, 2:], full["client-2"][b][:, 2:])
     shared = (2 * 4 * full["client-2"][a][1] + 1 * 2 * full["client-3"][a][1]) / (2 * 4 + 1 * 2)
     assert close(result[a][1], shared)
+    head = sum(w * updates[c]["head"] for c, w in weights.items())
+    assert close(result["head"], head / 8)  # ranks say nothing of it
     padded = UNEQUAL["zero-pad"](updates, weights, client(4, 99))
     assert close(padded[a][3], updates["client-2"][a][3] * 2 / 8)  # and this one is
 

@@ -43,11 +43,12 @@ def normalized(
     theta_j = sum_k w_k s_k theta_kj / sum_k w_k s_k over the clients that own j (P-06).
 
     s_k is the client's rank, in parts of the largest one here. What nobody owns stays as it was.
+    What is no factor of LoRA everybody owns alike: there s_k is 1.
     """
     filled, ranks = _filled(updates, before), {c: rank_of(update) for c, update in updates.items()}
     largest = max(ranks.values())
     scaled = {client: weights[client] * (ranks[client] / largest) for client in updates}
-    result = mean(filled, scaled)  # right for what everybody owns
+    result = mean(filled, weights)  # right for what is no factor
     bands: dict[str, list[Tensor]] = {}
     for low, high in pairwise([0, *sorted({*ranks.values(), rank_of(before)})]):
         owners = {c: filled[c] for c in updates if ranks[c] >= high and scaled[c] > 0}
@@ -61,8 +62,12 @@ def normalized(
 def hetlora(
     updates: Updates, weights: Mapping[str, float], before: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """``zero_pad`` with the weights of ``strengths`` instead of the given ones (P-09)."""
-    return zero_pad(updates, strengths(updates), before)
+    """
+    ``zero_pad`` with the weights of ``strengths`` instead of the given ones (P-09).
+
+    They are of the factors alone: other tunables, such as a head, are averaged with the given ones.
+    """
+    return {**zero_pad(updates, strengths(updates), before), **_others(updates, weights)}
 
 
 def strengths(updates: Updates) -> dict[str, float]:
@@ -100,8 +105,7 @@ def flexlora(
         if missing:  # so that they can learn, but add nothing
             found[a] = torch.cat([found[a], before[a][-missing:]])
             found[b] = torch.cat([found[b], torch.zeros_like(before[b][:, -missing:])], 1)
-    rest = {c: {n: t for n, t in u.items() if n not in found} for c, u in updates.items()}
-    return {**mean(rest, weights), **found}
+    return {**_others(updates, weights), **found}
 
 
 def mean_product(
@@ -147,6 +151,15 @@ def product_gap(
 def _square(left: Tensor, right: Tensor) -> float:
     """|L R|_F^2 = sum of (L'L) * (R R'): no product of all rows and columns, no decomposition."""
     return float(((left.T @ left) * (right @ right.T)).sum())
+
+
+def _others(updates: Updates, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """The mean of what is no factor of LoRA: its clients' ranks and norms say nothing of it."""
+    rest = {
+        client: {n: t for n, t in update.items() if A not in n and B not in n}
+        for client, update in updates.items()
+    }
+    return mean(rest, weights)
 
 
 def _filled(updates: Updates, before: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

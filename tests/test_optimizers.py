@@ -258,6 +258,10 @@ def test_a_plan_knows_the_bytes_of_all_together(
     for way, foreseen in zip(("up", "down"), line.payload, strict=True):
         sent = total(rows, "payload_bytes", direction=way) / len(built.worker.sites)
         assert foreseen == pytest.approx(sent / spec.rounds, rel=0.005)
+    rows = [r for r in rows if r.role != "measurement"]
+    for way, foreseen in (("up", line.up), ("down", line.down)):  # and the names of all parts
+        whole = total(rows, "wire_bytes", direction=way) / len(built.worker.sites)
+        assert foreseen == pytest.approx(whole / spec.rounds, rel=0.01)
 
 
 @pytest.mark.parametrize(

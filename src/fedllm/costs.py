@@ -17,13 +17,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedllm import experiment as ex
 from fedllm.codecs import Codecs, chosen, codec
-from fedllm.codecs.base import Shape, weight
+from fedllm.codecs.base import SIZE, Shape, weight
 from fedllm.flat import Ints
 from fedllm.lora import shape_at
-from fedllm.message import Fact, Message, pack
+from fedllm.message import KINDS, ORDER, Fact, Message, pack
 from fedllm.models.core import Core, Part
 from fedllm.models.flops import FlopCounter, count
 from fedllm.models.loading import LanguageModel, load, load_config
@@ -234,27 +235,39 @@ def inexact(codecs: Codecs) -> list[str]:
 def header(
     sent: Mapping[str, Sequence[int]], role: str | Mapping[str, str] = "", step: str = "a1",
     task: str = "", facts: dict[str, Fact] | None = None, run: str = "", client: str = "",
+    codecs: Codecs | None = None, way: str = "up",
 ) -> int:  # fmt: skip
     """
     Bytes of a frame that are no tensor data: names, shapes and facts, and who speaks.
 
-    sent: shapes of four-byte tensors by name, all of one role, or each of its own.
+    sent: shapes of four-byte tensors by name, all of one role, or each of its own.  codecs: they
+    travel in parts, of which each has a name and a shape, too.
     """
     message = Message(
         step, task, {}, {}, facts or {}, client, "1.1.10", 1, run, 1, "0" * 16
     )  # fmt: skip
-    bare = len(pack(message))
-    of = dict.fromkeys(sent, role) if isinstance(role, str) else role
-    roles = sum(len(f'"{name}":"{of[name]}",') for name in sent) - bool(sent)
+    parts: list[tuple[str, str, Shape, torch.dtype]] = []
+    used: dict[str, str] = {}
+    for name, size in sent.items():
+        own = role if isinstance(role, str) else role[name]
+        stages = chosen(codecs or {}, own, name, way)
+        if stages == "none":
+            parts.append((name, own, tuple(size), torch.float32))
+            continue
+        used[name] = stages
+        layout = codec(stages, 0.5).layout(tuple(size))
+        parts += [(f"{name}//{part}", own, *about) for part, about in layout.items()]
+    roles = sum(len(f'"{name}":"{own}",') for name, own, _, _ in parts) - bool(parts)
+    names = sum(len(f'"{name}":"{stages}",') for name, stages in used.items()) - bool(used)
     shapes, end = 0, 0
-    for name, shape in sent.items():
-        begin, end = end, end + math.prod(shape) * FLOAT
+    for name, _, shape, kind in sorted(parts, key=lambda part: (ORDER.index(part[3]), part[0])):
+        begin, end = end, end + math.prod(shape) * SIZE[kind]
         listed = ",".join(map(str, shape))
-        place = f'{{"dtype":"F32","shape":[{listed}],"data_offsets":[{begin},{end}]}}'
+        place = f'{{"dtype":"{KINDS[kind]}","shape":[{listed}],"data_offsets":[{begin},{end}]}}'
         shapes += len(f'"{name}":{place},')
-    shapes = max(shapes - 1, 0)
-    digits = len(str(end)) - 1
-    return bare + roles + digits + -(-(shapes + 2) // 8) * 8 - 8
+    text = -(-(max(shapes - 1, 0) + 2) // 8) * 8
+    digits = len(str(8 + text + end)) - len("16")
+    return len(pack(message)) + roles + names + digits + text - 8
 
 
 def break_even(

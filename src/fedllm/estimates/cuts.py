@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fedllm import experiment as ex
 from fedllm.estimates.estimator import Estimator
@@ -33,12 +34,15 @@ class Cutter:
         return dict(zip(self.data.names, each, strict=True))
 
     def seconds(self, round: int, cuts: Mapping[str, int]) -> float:
-        """What a round takes under this clock, with everybody's cuts as they are."""
-        first, mine = 0, []
-        for crowd in self.data.crowds:
-            mine.append(cuts[self.data.names[first]])  # those of a crowd are alike
-            first += crowd.count
-        return makespan(self._choices(round), mine, self._serial)
+        """What a round takes under this clock of those who take part, with their cuts."""
+        first, there, mine = 0, [], []
+        for one in self._choices(round):
+            names = [n for n in self.data.names[first : first + one.count] if n in cuts]
+            first += one.count
+            if names:  # those of a crowd are alike
+                there.append(replace(one, count=len(names)))
+                mine.append(cuts[names[0]])
+        return makespan(there, mine, self._serial)
 
     @property
     def _serial(self) -> bool:

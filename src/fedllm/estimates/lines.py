@@ -170,6 +170,7 @@ class _Frames:
         experiment = estimator.experiment
         self.run = f"{experiment.name}-{kind}-{experiment.seeds[0]}"
         self.client = crowd.client
+        self.codecs = experiment.exchange.codecs
         self.down = self.up = self.messages = 0.0
 
     def add(
@@ -177,7 +178,10 @@ class _Frames:
         times: float = 1, sent: Mapping[str, tuple[int, ...]] | None = None, **facts: Any,
     ) -> None:  # fmt: skip
         """So many frames of a kind."""
-        size = costs.header(sent or {}, role, step, task, facts, self.run, self.client) * times
+        size = times * costs.header(
+            sent or {}, role, step, task, facts, self.run, self.client,
+            self.codecs, direction,  # type: ignore[arg-type]
+        )  # fmt: skip
         self.messages += times
         if direction == "up":
             self.up += size
@@ -306,7 +310,7 @@ def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:
     said = costs.knowledge_roles(spec, size, model)
     shaped = costs.knowledge_shapes(spec, size, model)
     shapes = {n: s for n, (s, _) in shaped.items()}
-    role = "feature" if spec.form == "features" else "logit"
+    role = {n: r for n, (_, r) in shaped.items()} | {"histogram": "statistic", "rows": "index"}
     looked = est.in_order(rows, experiment.evaluation.batch_size)
     learnt = est.anew(rows, spec.batch_size or training.batch_size, data.longest, spec.epochs)
     shown = experiment.rounds * drawn
@@ -493,16 +497,18 @@ def _split_frames(
     frames.add("down", "c1", "forward", times=number, **told)
     shapes = bare if home else {**bare, "labels": (rows,)}
     given: dict[str, tuple[int, ...]] = {"gradient": hidden}
+    role = {"hidden": "activation", "lengths": "mask", "labels": "label", "places": "index",
+            "gradient": "gradient", "weights": "statistic", "losses": "statistic"}  # fmt: skip
     if spec.keep_tokens < 1:
         shapes = {**shapes, "places": (cells,)}
     if est.training.sampling == "loss" and not home:
         units = int(private.units.mean())
         shapes, given = {**shapes, "weights": (units,)}, {**given, "losses": (units,)}
-    frames.add("up", "c2", "", "activation", number, shapes, **facts)
+    frames.add("up", "c2", "", role, number, shapes, **facts)
     if home:
         frames.add("down", "c3", "head", "activation", number, {"hidden": hidden})
         frames.add("up", "c3", "", "gradient", number, {"gradient": hidden}, loss=LOSS)
-    frames.add("down", "c4", "backward", "gradient", number, given)
+    frames.add("down", "c4", "backward", role, number, given)
     frames.add("up", "c5", times=number)
     frames.add("down", "cc1", "collect", times=uploads, **told)
     frames.add("up", "cc1", "", "parameter", uploads, sent)

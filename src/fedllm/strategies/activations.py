@@ -258,8 +258,7 @@ class Activations:
                 state, _ = self._average(state, alive, since, cuts, halves, ask)
                 since = {}
         if self.setup.cutter is not None:
-            everybody = self._cuts(list(self.setup.cuts), state)
-            clock = {"clock": self.setup.cutter.seconds(ask.round, everybody)}
+            clock = {"clock": self.setup.cutter.seconds(ask.round, cuts)}
             state = replace(state, facts={**state.facts, **clock})
         state = self._chosen(state, ask.round)
         state, moments = self._average(state, alive, since, cuts, halves, ask)

@@ -38,7 +38,7 @@ class Cutter(Protocol):
         ...
 
     def seconds(self, round: int, cuts: Mapping[str, int]) -> float:
-        """What a round takes with these cuts."""
+        """What a round takes of these clients, with these cuts."""
         ...
 
     def changed(self, since: int, now: int) -> bool:

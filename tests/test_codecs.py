@@ -347,6 +347,11 @@ def test_tables_survive_their_own_text(tmp_path: Path) -> None:
     assert ex.load(tmp_path / "again.toml").exchange == spec.exchange
 
 
+def test_a_codec_of_a_tunable_that_there_is_not_is_refused() -> None:
+    with pytest.raises(FedllmError, match=r"codecs\.parameter: 'upp' is no tunable.*'up'"):
+        build(experiment(exchange={"codecs": {"parameter": {"upp": "int8"}}}))
+
+
 def remembering(**more: Any) -> ex.Experiment:
     """Deltas up with a memory and something drawn, each round; down as they are."""
     return experiment(

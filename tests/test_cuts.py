@@ -95,6 +95,10 @@ def test_cuts_stay_while_no_speed_has_changed_by_much() -> None:
     assert [cutter.changed(0, number) for number in (1, 2, 3)] == [False, False, True]
     assert [cutter.changed(3, number) for number in (4, 5)] == [True, True]
     assert not cutter.changed(4, 9)
+    cuts = dict.fromkeys(("client-1", "client-2", "client-3"), 1)
+    whole = cutter.seconds(1, cuts)  # of those who take part, if not everybody does
+    each = [cutter.seconds(1, {client: 1}) for client in cuts]
+    assert max(each) < whole < sum(each)
 
 
 def test_a_mixed_fleet_is_sooner_done_than_with_one_cut_for_all() -> None:

@@ -195,8 +195,8 @@ def activations_roles(
 
 
 def kept(lengths: Ints, share: float) -> Ints:
-    """How many tokens of rows of these lengths cross (``strategy.keep_tokens``)."""
-    return np.ceil(lengths * share - 1e-9).astype(np.int64)
+    """How many tokens of rows of these lengths cross (``strategy.keep_tokens``); at least one."""
+    return np.maximum(np.ceil(lengths * share - 1e-9), 1).astype(np.int64)
 
 
 def share(codecs: Codecs, role: str, shapes: Mapping[str, Shape], way: str) -> float:

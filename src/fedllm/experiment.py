@@ -319,7 +319,7 @@ class Training(Section):
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     rate: Rate = 1e-3
     momentum: Fraction = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Fraction = 0.0
     clip: Rate | None = None

@@ -21,7 +21,7 @@ from fedllm.checkpoint import Committed
 from fedllm.data.clients import ClientData, Clients
 from fedllm.data.examples import Encoder, Examples
 from fedllm.data.simulation import Division, divide
-from fedllm.errors import FedllmError
+from fedllm.errors import FedllmError, nearest
 from fedllm.estimates.cuts import Cutter
 from fedllm.estimates.sizes import Rows, Sizes, crowds
 from fedllm.exchange import Endpoint, Exchange
@@ -263,6 +263,7 @@ def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Li
         )
 
     model = base_model()
+    _named(experiment, model)
     others = _client_models(experiment, seed, base_model, model, prepared, listener)
     if isinstance(spec, ex.Parameters) and spec.mentor is not None and len(prepared.clients):
         mentor = _mentor(experiment, spec.mentor, base_model, prepared)
@@ -280,6 +281,22 @@ def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Li
         if remark:
             listener.note(remark)
     return Half(model, others, setup, build(spec, setup, model, prepared.public))
+
+
+def _named(experiment: ex.Experiment, model: LanguageModel) -> None:
+    """Raises FedllmError for a codec of one tunable that there is not; a pattern may fit none."""
+    table = experiment.exchange.codecs.get("parameter", {})
+    if isinstance(table, str) or not isinstance(
+        experiment.strategy, ex.Parameters | ex.Activations
+    ):
+        return
+    for key in table:
+        name = key.rpartition(":")[2]
+        if key not in ex.WAYS and not set(name) & set("*?[") and name not in model.initial:
+            raise FedllmError(
+                f"exchange.codecs.parameter: {key!r} is no tunable; "
+                f"{nearest(key, [*ex.WAYS, *model.initial])}"
+            )
 
 
 def host(

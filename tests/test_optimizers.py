@@ -29,6 +29,7 @@ from fedllm.training.jobs import Fit
 from fedllm.training.learner import Pull, Span
 from fedllm.training.meter import Meter
 from fedllm.training.objectives import cross_entropy
+from fedllm.worker import LEFT_OUT
 from small import build, finish, furthest
 
 SCAFFOLD: dict[str, Any] = {"kind": "parameters", "client": {"kind": "scaffold"}}
@@ -179,6 +180,18 @@ def test_control_variates_sum_up_and_cost_what_the_formula_says() -> None:
         for role in ("parameter", "gradient"):
             rows = [r for r in one.ledger.rows if r.role == role and r.direction == direction]
             assert total([r for r in rows if r.step != "eval"], "payload_bytes") == 3 * 2 * size
+
+
+def test_a_lossy_codec_keeps_nothing_from_c_for_good() -> None:
+    """c is the mean of what the clients' c_k are without what their codecs still hold back."""
+    codecs = {"gradient": {"up": "topk-10+int8+feedback", "down": "int8"}}
+    server, built = trained(SCAFFOLD, rounds=3, exchange={"codecs": codecs, "clients_per_round": 2})
+    for name, tensor in controls(server.optimizer).items():
+        heard = []
+        for site in built.worker.sites.values():
+            rest = site.group(LEFT_OUT).get(f"{name}//rest", torch.zeros_like(tensor))
+            heard.append(site.group(KEPT).get(name, torch.zeros_like(tensor)) - rest)
+        assert torch.allclose(tensor, torch.stack(heard).mean(0), atol=1e-5)
 
 
 def test_prox_together_is_prox_one_by_one() -> None:

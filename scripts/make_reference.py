@@ -209,6 +209,8 @@ MEANING = {
     "activations.labels": "where the labels, the head and the loss are",
     "activations.average_every": "batches of a client between two averages of the client halves",
     "activations.keep_tokens": "share of a row's tokens that crosses; 1: all",
+    "activations.inside": "blocks above the cut whose attention is at the client, and whose "
+    "feed-forward part at the server",
     "activations.keep_by": "`attention`: those that the client's last block attends to most; "
     "`random`: any",
     "standalone.steps": "optimizer steps of each client over the whole run, in order of names",

@@ -25,7 +25,7 @@ from fedllm.codecs.base import SIZE, Shape, weight
 from fedllm.flat import Ints
 from fedllm.lora import shape_at
 from fedllm.message import KINDS, ORDER, Fact, Message, pack
-from fedllm.models.core import Core, Part
+from fedllm.models.core import Core, Part, span
 from fedllm.models.flops import FlopCounter, count
 from fedllm.models.loading import LanguageModel, load, load_config
 from fedllm.models.tunables import blocks_of
@@ -155,8 +155,9 @@ def activations_payload(
     uploads: int | None = None,
 ) -> tuple[int, int]:
     """
-    (up, down): width floats a token each way (twice each way with labels at the client),
-    lengths and labels up, and the client half's tunables for each average.
+    (up, down): width floats a token each way (twice each way with labels at the client, and twice
+    more each way for every block split inside but the first), lengths and labels up, and the client
+    half's tunables for each average.
 
     client: its tokens are those that cross (``kept``), each with its place where some do not.
     client_half: bytes of the client's tunables.  averages: how often they are averaged a round.
@@ -180,15 +181,16 @@ def activations_roles(
     tokens = (client.tokens + prompt * client.rows) * epochs
     hidden = tokens * model.width * FLOAT
     home = options.labels == "client"
+    more = max(options.inside - 1, 0) * hidden  # of blocks that are split inside, but the first
     per_pass = client.rows if model.classification else client.tokens
     up = {
-        "activation": hidden, "gradient": hidden if home else 0,
+        "activation": hidden + more, "gradient": (hidden if home else 0) + more,
         "mask": client.rows * epochs * INT, "label": 0 if home else per_pass * epochs * INT,
         "parameter": (averages if uploads is None else uploads) * client_half,
         "index": tokens * INT if options.keep_tokens < 1 else 0,
     }  # fmt: skip
     down = {
-        "activation": hidden if home else 0, "gradient": hidden,
+        "activation": (hidden if home else 0) + more, "gradient": hidden + more,
         "parameter": averages * client_half,
     }  # fmt: skip
     return up, down
@@ -333,8 +335,8 @@ class Small:
 
     factor: int
     model: LanguageModel
-    cut: int
-    begin: int
+    cut: float
+    begin: float
 
     def part(self, part: Part) -> Core:
         """One side, as ``LanguageModel.part``; blocks below ``begin`` count as run before."""
@@ -356,7 +358,7 @@ class Blueprint:
         self.whole = load(model, task, tunables, labels, 0, meta=True)
         self._config = load_config(model)
         self._small: dict[tuple[Run, ...], LanguageModel] = {}
-        self._terms: dict[tuple[Part, int, int, int], list[Small]] = {}
+        self._terms: dict[tuple[Part, float, float, int], list[Small]] = {}
         self._flops: dict[int, dict[tuple[object, ...], int]] = {}
 
     @cached_property
@@ -366,7 +368,9 @@ class Blueprint:
             return frozenset(blocks_of(self.tunables, SimpleNamespace(config=self._config)))
         return frozenset(range(self.whole.blocks))
 
-    def small(self, part: Part, cut: int = 0, begin: int = 0, more: int = 0) -> list[Small]:
+    def small(
+        self, part: Part, cut: float = 0, begin: float = 0, more: int = 0
+    ) -> list[Small]:  # fmt: skip
         """
         Models whose costs of this part, times their factors, sum up to the whole one's.
 
@@ -379,36 +383,41 @@ class Blueprint:
             self._terms[key] = self._shortened(*key)
         return self._terms[key]
 
-    def _shortened(self, part: Part, cut: int, begin: int, more: int) -> list[Small]:
-        marks = sorted({0, begin, cut, self.whole.blocks})
-        pieces = [
+    def _shortened(self, part: Part, cut: float, begin: float, more: int) -> list[Small]:
+        blocks = self.whole.blocks
+        # a block that is split inside stands for itself
+        around = {end(place) for place in (begin, cut) for end in (math.floor, math.ceil)}
+        marks = sorted({0, *around, blocks})
+        stretches = [
             (low, Run(len(list(same)), held))
             for low, high in pairwise(marks)
             for held, same in groupby(range(low, high), self.trained.__contains__)
         ]
-        runs = [run for _, run in pieces]
+        runs = [run for _, run in stretches]
         # the last block is one of a kind, and so may the first trained one be
         short = [min(run.blocks, 1 + (run is runs[-1]) + more) for run in runs]
+        first, last = span(part, cut, begin, blocks)
         mine = [
-            i for i, (low, _) in enumerate(pieces)
-            if part == "whole" or (part != "tail" and (low < cut) == (part == "client"))
+            i for i, (low, run) in enumerate(stretches) if first < low + run.blocks and low < last
         ]  # fmt: skip
         spare = {i: runs[i].blocks - short[i] for i in mine if runs[i].blocks > short[i]}
-        found = [self._one(1 - sum(spare.values()), pieces, short, cut, begin)]
+        found = [self._one(1 - sum(spare.values()), stretches, short, cut, begin)]
         for i, factor in spare.items():
             longer = [n + (j == i) for j, n in enumerate(short)]
-            found.append(self._one(factor, pieces, longer, cut, begin))
+            found.append(self._one(factor, stretches, longer, cut, begin))
         return [one for one in found if one.factor]
 
     def _one(
-        self, factor: int, pieces: Sequence[tuple[int, Run]], sizes: Sequence[int], cut: int,
-        begin: int,
+        self, factor: int, stretches: Sequence[tuple[int, Run]], sizes: Sequence[int], cut: float,
+        begin: float,
     ) -> Small:  # fmt: skip
         """The term with runs of these lengths."""
-        kept = tuple(Run(n, run.trained) for n, (_, run) in zip(sizes, pieces, strict=True))
+        kept = tuple(Run(n, run.trained) for n, (_, run) in zip(sizes, stretches, strict=True))
 
-        def place(mark: int) -> int:
-            return sum(n for n, (low, _) in zip(sizes, pieces, strict=True) if low < mark)
+        def place(mark: float) -> float:
+            whole, rest = divmod(mark, 1)
+            below = (n for n, (low, _) in zip(sizes, stretches, strict=True) if low < whole)
+            return sum(below) + rest
 
         return Small(factor, self._model(kept), place(cut), place(begin))
 
@@ -437,7 +446,7 @@ class Blueprint:
             return load(self.spec, self.task, spec, self.labels, 0, folder, meta=True)
 
     def flops(
-        self, part: Part, length: int, backward: bool, cut: int = 0, begin: int = 0,
+        self, part: Part, length: int, backward: bool, cut: float = 0, begin: float = 0,
         selected: int = 0, input_grad: bool = False, once: bool = False,
     ) -> int:  # fmt: skip
         """

@@ -560,6 +560,8 @@ class Activations(Section):
     ``keep_tokens`` is the share of each row's tokens that crosses, rounded up (classification): the
     server's blocks see no others, and only they get a gradient. ``keep_by`` says which: those that
     the client's last block attends to most, or some at random; what the head reads always crosses.
+    ``inside`` blocks above the cut are split inside: attention at the client, feed-forward at the
+    server. Hidden states then cross twice more each way for each of them but the first.
     """
 
     kind: Literal["activations"] = "activations"
@@ -573,9 +575,19 @@ class Activations(Section):
     average_every: Count = 0
     keep_tokens: Annotated[float, Field(gt=0, le=1)] = 1.0
     keep_by: Literal["attention", "random"] = "attention"
+    inside: Count = 0
 
     @model_validator(mode="after")
     def _averages(self) -> Self:
+        if self.inside and self.cut == "auto":
+            raise ValueError(
+                f"inside = {self.inside}: cut = 'auto' chooses between blocks; expected 0, or a cut"
+            )
+        if self.inside and self.keep_tokens < 1:
+            raise ValueError(
+                f"inside = {self.inside}: the attention needs every token, so keep_tokens = "
+                f"{self.keep_tokens:g} does not go with it; expected 0, or keep_tokens = 1"
+            )
         if self.average_every and self.server == "sequential" and self.turn == "epoch":
             raise ValueError("average_every: needs turn = 'batch' with the sequential server")
         if self.cut == "auto" and (self.server == "concatenated" or self.average_every):

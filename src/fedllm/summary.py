@@ -28,7 +28,8 @@ def variant(experiment: ex.Experiment) -> str:
         home = ", labels at the client" if spec.labels == "client" else ""
         share = f"{spec.keep_tokens:.0%} of the tokens by {spec.keep_by}"
         thin = f", {share}" if spec.keep_tokens < 1 else ""
-        return f"activations ({spec.server}, cut {cut}{home}{thin})"
+        inside = f", {spec.inside} inside" if spec.inside else ""
+        return f"activations ({spec.server}, cut {cut}{inside}{home}{thin})"
     if isinstance(spec, ex.Parameters):
         said: list[str] = [spec.aggregation] if spec.aggregation not in ("mean", "uniform") else []
         said += ["pruned"] if spec.prune is not None else []

@@ -1,12 +1,13 @@
 """Law 2: a model cut anywhere has the gradients of the whole."""
 
+from itertools import chain, zip_longest
 from typing import Any
 
 import pytest
 import torch
 
 from fedllm.errors import FedllmError
-from fedllm.models.core import Core
+from fedllm.models.core import Core, pieces
 from fedllm.models.loading import LanguageModel
 from fedllm.streams import stream
 from fedllm.training.objectives import cross_entropy
@@ -38,22 +39,31 @@ def test_every_cut_has_the_gradients_of_the_whole(name: str, task: str) -> None:
     loss, whole = gradients(model, [model.whole], batch, tunables)
     assert whole.keys() == tunables.keys()
     for cut in range(1, model.blocks):
-        for parts in (("client", "server"), ("client", "body", "tail")):
-            cores = [model.part(part, cut) for part in parts]
-            again, found = gradients(model, cores, batch, tunables)
-            assert again == pytest.approx(loss, abs=1e-5)
-            assert furthest(found, whole) < 1e-5
+        for inside in {0, 1, model.blocks - cut}:
+            for home in (False, True):
+                cores = in_turn(model, cut, inside, home)
+                assert len(cores) == 2 * max(inside, 1) + home
+                again, found = gradients(model, cores, batch, tunables)
+                assert again == pytest.approx(loss, abs=1e-5)
+                assert furthest(found, whole) < 1e-5
 
 
+def in_turn(model: LanguageModel, cut: int, inside: int, home: bool = False) -> list[Core]:
+    """The client's first piece, the server's first, the client's second, ..."""
+    sides = pieces(model.blocks, cut, inside, home)
+    both = chain.from_iterable(zip_longest(*sides))
+    return [model.piece(piece) for piece in both if piece is not None]
+
+
+@pytest.mark.parametrize("inside", [0, 2])
 @pytest.mark.parametrize("kind", ["adapter", "bitfit", "prompt", "full"])
-def test_so_has_every_tunable_that_can_be_cut(kind: str) -> None:
+def test_so_has_every_tunable_that_can_be_cut(kind: str, inside: int) -> None:
     built = build(experiment(GPT2, tunables={"kind": kind}))
     site = built.worker.sites["client-1"]
     batch = next(site.plan(site.train, "private").between(0, 1))
     model = site.model
     _, whole = gradients(model, [model.whole], batch, model.initial)
-    cores = [model.part("client", 2), model.part("server", 2)]
-    _, found = gradients(model, cores, batch, model.initial)
+    _, found = gradients(model, in_turn(model, 2, inside), batch, model.initial)
     assert furthest(found, whole) < 1e-5
 
 
@@ -91,7 +101,7 @@ def test_a_client_holds_nothing_of_the_server() -> None:
     assert not client & server
     assert client | server == {n for n, _ in model.whole.named_parameters()}
     assert not any(".h.2." in n or ".h.3." in n or "score" in n for n in client)
-    body = {n for n, _ in model.part("body", 2).named_parameters()}
+    body = {n for n, _ in model.part("body", 4, 2).named_parameters()}
     assert not any("score" in n for n in body)
 
 

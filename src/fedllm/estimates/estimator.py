@@ -71,7 +71,7 @@ class Estimator:
     # FLOPs ------------------------------------------------------------------------------------
 
     def flops(
-        self, batches: Batches, part: Part, backward: bool, cut: int = 0, begin: int = 0,
+        self, batches: Batches, part: Part, backward: bool, cut: float = 0, begin: float = 0,
         input_grad: bool = False,
     ) -> float:  # fmt: skip
         """Of a pass over each of these batches."""
@@ -89,7 +89,7 @@ class Estimator:
         return total
 
     def _of_row(
-        self, part: Part, length: int, backward: bool, cut: int, begin: int, input_grad: bool,
+        self, part: Part, length: int, backward: bool, cut: float, begin: float, input_grad: bool,
         once: bool, selected: int = 0,
     ) -> int:  # fmt: skip
         key = (part, length, backward, cut, begin, input_grad, selected)
@@ -120,7 +120,7 @@ class Estimator:
     # memory -----------------------------------------------------------------------------------
 
     def live(
-        self, kind: Kind, part: Part, shape: Shape, cut: int = 0, begin: int = 0,
+        self, kind: Kind, part: Part, shape: Shape, cut: float = 0, begin: float = 0,
         goal: ex.Logits | None = None,
     ) -> tuple[int, int, int]:  # fmt: skip
         """

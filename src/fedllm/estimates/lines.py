@@ -20,9 +20,9 @@ from fedllm.errors import FedllmError
 from fedllm.estimates.estimator import Estimator
 from fedllm.estimates.makespan import Choices, Way, choose
 from fedllm.estimates.sizes import Batches, Crowd, Rows, Sizes
-from fedllm.models.core import Part
+from fedllm.models.core import Piece, pieces
 from fedllm.models.loading import LanguageModel
-from fedllm.strategies.activations import check_alike, check_cut
+from fedllm.strategies.activations import at_client, check_alike, check_cut
 from fedllm.strategies.corrections import SLOT
 from fedllm.strategies.logits import NO_PUBLIC
 from fedllm.summary import variant
@@ -449,9 +449,7 @@ def _split_bill(
 ) -> Bill:  # fmt: skip
     """What one client of a crowd has to pay at this cut."""
     model, experiment, home = est.model, est.experiment, spec.labels == "client"
-    parts: list[Part] = ["client", "tail"] if home else ["client"]
-    mine = sorted({n for part in parts for n in model.tunables_of(model.part(part, cut))})
-    mine = [n for n in mine if n in costs.travelling(model)]
+    mine = [n for n in at_client(spec, model, cut) if n in costs.travelling(model)]
     half = costs.tunable_bytes(model, mine)
     private = est.private(crowd, data.longest)
     present = (experiment.exchange.clients_per_round or data.clients) / data.clients
@@ -510,6 +508,12 @@ def _split_frames(
         frames.add("up", "c3", "", "gradient", number, {"gradient": hidden}, loss=LOSS)
     frames.add("down", "c4", "backward", role, number, given)
     frames.add("up", "c5", times=number)
+    again = number * max(spec.inside - 1, 0)
+    for step, task, role, name in (
+        ("c1", "forward", "activation", "hidden"), ("c4", "backward", "gradient", "gradient"),
+    ):  # fmt: skip
+        frames.add("down", step, task, role, again, {name: hidden})
+        frames.add("up", "c2" if step == "c1" else "c5", "", role, again, {name: hidden})
     frames.add("down", "cc1", "collect", times=uploads, **told)
     frames.add("up", "cc1", "", "parameter", uploads, sent)
     frames.add("down", "cc3", "replace", "parameter", averages, sent)
@@ -535,33 +539,49 @@ def _split_client(
     watched = spec.keep_tokens < 1 and spec.keep_by == "attention"
     begin = min(_fits(est, crowd, est.begin), cut - 1 if watched else cut)
     once, kept, peak = _below(est, crowd.train, begin, len(crowd.train.lengths), _first(est, data))
-    core = model.part("client", cut, begin)
-    flops = once + est.flops(private, "client", True, cut, begin)
+    mine, above = pieces(model.blocks, cut, spec.inside, home, begin)
+    tail = mine.pop() if home else None
+    flops = once + _passing(est, mine, private)
     if watched:
         rows = zip(private.rows.tolist(), private.lengths.tolist(), strict=True)
         flops += sum(count * watching(length, model.width) for count, length in rows)
-    held = est.held(core) + est.reserved(core)
+    held = sum(_held(est, piece) for piece in mine)
     if kept:
         held += est.held(model.part("client", begin)) + kept
         held += crowd.held_out * model.width * costs.FLOAT
-    memory = max(peak, held + _waiting(est, "client", private, cut, begin))
-    if home:
-        tail = model.part("tail", cut)
-        flops += est.flops(private, "tail", True, cut, input_grad=True)
-        memory = max(
-            memory, est.held(tail) + est.reserved(tail) + _waiting(est, "tail", private, cut)
-        )
+    memory = max(peak, held + _waiting(est, mine, private))
+    if tail is not None:
+        flops += _passing(est, [tail], private)
+        memory = max(memory, _held(est, tail) + _waiting(est, [tail], private))
     there = _thinned(est.travelled(crowd), spec.keep_tokens)
-    server = est.flops(there, "body" if home else "server", True, cut, input_grad=True)
-    return flops, memory, server
+    return flops, memory, _passing(est, above, there)
 
 
-def _waiting(est: Estimator, part: Part, batches: Batches, cut: int, begin: int = 0) -> int:
-    """The most bytes of a half's pass, forward and back, over the largest batch."""
+def _passing(est: Estimator, side: Sequence[Piece], batches: Batches) -> float:
+    """FLOPs of these batches through a side's pieces and back."""
+    return sum(
+        est.flops(
+            batches, piece.part, True, piece.cut, piece.begin, input_grad=piece.part != "client"
+        )
+        for piece in side
+    )  # fmt: skip
+
+
+def _held(est: Estimator, piece: Piece) -> int:
+    """Bytes of a piece's weights, its trained copies and their optimizer."""
+    core = est.model.piece(piece)
+    return est.held(core) + est.reserved(core)
+
+
+def _waiting(est: Estimator, side: Sequence[Piece], batches: Batches) -> int:
+    """The most bytes of the passes of a side's pieces, forward and back, over the largest batch."""
     found = 0
     for shape in batches.largest():
-        peak, left, back = est.live("half", part, shape, cut, begin)
-        found = max(found, peak, left + back)
+        below = 0  # of graphs that wait
+        for piece in side:
+            peak, left, back = est.live("half", piece.part, shape, piece.cut, piece.begin)
+            found = max(found, below + peak, below + left + back)
+            below += left
     return found
 
 
@@ -569,19 +589,24 @@ def _split_server(
     est: Estimator, spec: ex.Activations, data: Sizes, cuts: Sequence[tuple[int, int]]
 ) -> int:
     """Peak bytes of the server's side; cuts: each with the number of its clients."""
-    part: Part = "body" if spec.labels == "client" else "server"
-    lowest = est.model.part(part, min(cut for cut, _ in cuts))
+    sides = {
+        cut: pieces(est.model.blocks, cut, spec.inside, spec.labels == "client")[1]
+        for cut, _ in cuts
+    }
+    cores = {cut: [est.model.piece(piece) for piece in side] for cut, side in sides.items()}
+    reserved = {cut: sum(map(est.reserved, side)) for cut, side in cores.items()}
+    lowest = min(cores)
     present = est.experiment.exchange.clients_per_round or data.clients
-    own = est.reserved(lowest)
+    own = reserved[lowest]
     if spec.server == "per-client":
-        every = sum(count * est.reserved(est.model.part(part, cut)) for cut, count in cuts)
+        every = sum(count * reserved[cut] for cut, count in cuts)
         own = round(every * present / data.clients)
     batches = est.heaviest(data)
     if spec.server == "concatenated":
         batches = _side_by_side(est, data, present / data.clients)
     batches = _thinned(batches, spec.keep_tokens)
-    most = max(_waiting(est, part, batches, cut) for cut in {cut for cut, _ in cuts})
-    return est.held(lowest) + own + most
+    most = max(_waiting(est, side, batches) for side in sides.values())
+    return sum(map(est.held, cores[lowest])) + own + most
 
 
 def _side_by_side(est: Estimator, data: Sizes, share: float) -> Batches:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,42 @@ from fedllm.models.inputs import Inputs
 from fedllm.models.slots import Slots
 
 Part = Literal["whole", "client", "server", "body", "tail"]
+HALF = 0.5  # of a block: a place between its attention and its feed-forward part
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a model by its places, as ``LanguageModel.part`` takes them."""
+
+    part: Part
+    cut: float
+    begin: float = 0
+
+
+def pieces(
+    blocks: int, cut: int, inside: int = 0, home: bool = False, begin: int = 0
+) -> tuple[list[Piece], list[Piece]]:
+    """
+    What lies at a client and what at the server, in the order in which a batch goes through it.
+
+    A batch crosses between any two: the client's first piece, the server's first, the client's
+    second, ... Of ``inside`` blocks above the cut the client has the attention and the server the
+    feed-forward part.  home: the head is the client's last piece.  begin: as of ``Core``.
+    """
+    top = cut + inside
+    client = [Piece("client", cut + HALF if inside else cut, begin)]
+    client += [Piece("body", block + HALF, block) for block in range(cut + 1, top)]
+    server = [Piece("body", block + 1, block + HALF) for block in range(cut, top - 1)]
+    last = top - HALF if inside else cut
+    if home:
+        return [*client, Piece("tail", cut)], [*server, Piece("body", blocks, last)]
+    return client, [*server, Piece("server", last)]
+
+
+def span(part: Part, cut: float, begin: float, blocks: int) -> tuple[float, float]:
+    """Where a part's blocks begin and end."""
+    return {"whole": (begin, blocks), "client": (begin, cut), "body": (begin, cut),
+            "server": (cut, blocks), "tail": (0, 0)}[part]  # fmt: skip
 
 
 class Pass(nn.Module):
@@ -73,8 +110,12 @@ class Core(nn.Module):
     The function that is trained.
 
     ``whole``: tokens -> logits.  ``client``: tokens -> hidden states after ``cut`` blocks.
-    ``server``: hidden states -> logits.  With the head at the client, ``body`` is the server's
-    part (hidden -> hidden) and ``tail`` the client's second part (hidden -> logits).
+    ``server``: hidden states -> logits.  ``body``: hidden states -> hidden states, from ``begin``
+    to ``cut``: what the server has with the head at the client, whose second part is then ``tail``
+    (hidden -> logits), and all but the first and the last piece of a model cut several times.
+
+    Places are numbers of blocks, and a half more between a block's attention and its feed-forward
+    part.
 
     Many clients' inputs may lie side by side (``Inputs.slots``) with their tunables stacked.
     """
@@ -85,8 +126,8 @@ class Core(nn.Module):
         family: Family | None,
         decoder_head: bool,
         part: Part = "whole",
-        cut: int = 0,
-        begin: int = 0,
+        cut: float = 0,
+        begin: float = 0,
         prompt: Any = None,
         prefix: Any = None,
         name: str = "",
@@ -100,7 +141,7 @@ class Core(nn.Module):
         hidden states, too.  half: compute in bfloat16 where torch's autocast thinks that safe.
         """
         super().__init__()
-        self.key: tuple[str, Part, int, int] = (name, part, cut, begin)
+        self.key: tuple[str, Part, float, float] = (name, part, cut, begin)
         self.model: Any
         self.prompt: Any
         self.prefix: Any
@@ -328,53 +369,71 @@ class Later(nn.Module):
         return found
 
 
-class Narrow(nn.Module):
+class Sublayers(nn.Module):
     """
-    The last block: its feed-forward part sees only the cells that logits are made of.
+    A block's attention, its feed-forward part, or both; each with its norm and its residual.
 
+    narrow: the last block, whose feed-forward part sees only the cells that logits are made of.
     They lie in the layout afterwards; the block's own return value is of no use then.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(
+        self, block: nn.Module, family: Family, attends: bool, feeds: bool, narrow: bool
+    ) -> None:  # fmt: skip
         """Share the block's modules, so that names stay."""
         super().__init__()
-        self._parameters, self._modules = block._parameters, block._modules
+        self._modules = {
+            name: module for name, module in block._modules.items()
+            if (attends if name in family.attention else feeds)
+        }  # fmt: skip
         self._real = (block,)
+        self.attends, self.feeds, self.narrow = attends, feeds, narrow
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[1, cells, width] -> the same."""
         layout: Layout = kwargs["layout"]
         block: Any = self._real[0]
-        chosen = layout.chosen
-        if chosen is None or chosen.cells is None:
+        chosen = layout.chosen if self.narrow else None
+        cells = None if chosen is None else chosen.cells
+        if self.attends and self.feeds and cells is None:
             whole: Tensor = block(hidden, *args, **kwargs)
             return whole
-        self._attended(block, hidden, chosen, layout, kwargs)
+        if self.attends:
+            hidden = _attended(block, hidden, kwargs)
+        if not self.feeds:
+            return hidden
+        if chosen is None or cells is None:
+            return _fed(block, hidden)
+        chosen.begin()
+        layout.narrowed = _fed(block, hidden[:, cells])
         return hidden
 
-    def _attended(
-        self, block: Any, hidden: Tensor, chosen: Chosen, layout: Layout, kwargs: dict[str, Any]
-    ) -> None:
-        """The three ways in which the families' blocks are written."""
-        assert chosen.cells is not None
-        if hasattr(block, "feed_forward_chunk"):  # BERT
-            attended, _ = block.attention(hidden, **kwargs)
-            chosen.begin()
-            layout.narrowed = block.feed_forward_chunk(attended[:, chosen.cells])
-            return
-        if hasattr(block, "ln_1"):  # GPT-2
-            before, attention, after = block.ln_1, block.attn, block.ln_2
-        else:  # Llama and its kin
-            before, attention = block.input_layernorm, block.self_attn
-            after = block.post_attention_layernorm
-        attended = attention(hidden_states=before(hidden), **kwargs)[0]
-        chosen.begin()
-        rest = (hidden + attended)[:, chosen.cells]
-        layout.narrowed = rest + block.mlp(after(rest))
+
+def _attended(block: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """The first half, in the three ways in which the families' blocks are written."""
+    if hasattr(block, "feed_forward_chunk"):  # BERT
+        found: Tensor = block.attention(hidden, **kwargs)[0]
+        return found
+    if hasattr(block, "ln_1"):  # GPT-2
+        before, attention = block.ln_1, block.attn
+    else:  # Llama and its kin
+        before, attention = block.input_layernorm, block.self_attn
+    attended: Tensor = attention(hidden_states=before(hidden), **kwargs)[0]
+    return hidden + attended
+
+
+def _fed(block: Any, attended: Tensor) -> Tensor:
+    """The second half, in the same three ways."""
+    if hasattr(block, "feed_forward_chunk"):
+        found: Tensor = block.feed_forward_chunk(attended)
+        return found
+    after = block.ln_2 if hasattr(block, "ln_1") else block.post_attention_layernorm
+    more: Tensor = block.mlp(after(attended))
+    return attended + more
 
 
 def _changes(
-    model: Any, family: Family, part: Part, cut: int, begin: int
+    model: Any, family: Family, part: Part, cut: float, begin: float
 ) -> dict[str, nn.Module | None]:
     """What a part replaces, by full path."""
     spine = family.backbone
@@ -384,14 +443,17 @@ def _changes(
         pooler = model.get_submodule(spine).pooler
         changes[f"{spine}.pooler"] = None if part in ("client", "body") else Shy(pooler)
     blocks = len(model.get_submodule(f"{spine}.{family.blocks}"))
-    keep = {"client": range(begin, cut), "server": range(cut, blocks), "body": range(cut, blocks),
-            "tail": range(0), "whole": range(begin, blocks)}[part]  # fmt: skip
+    first, last = span(part, cut, begin, blocks)
     for index in range(blocks):
-        if index not in keep:
-            changes[f"{spine}.{family.blocks}.{index}"] = Pass()
-    if part in ("whole", "server"):
-        last = f"{spine}.{family.blocks}.{blocks - 1}"
-        changes[last] = Narrow(model.get_submodule(last))
+        path = f"{spine}.{family.blocks}.{index}"
+        attends = first <= index and index + HALF <= last
+        feeds = first <= index + HALF and index + 1 <= last
+        narrow = part in ("whole", "server") and index == blocks - 1
+        if not attends and not feeds:
+            changes[path] = Pass()
+        elif narrow or not attends or not feeds:
+            block = model.get_submodule(path)
+            changes[path] = Sublayers(block, family, attends, feeds, narrow)
     if family.norm is not None:
         norm = f"{spine}.{family.norm}"
         changes[norm] = Pass() if part in ("client", "body") else Later(model.get_submodule(norm))

@@ -13,6 +13,7 @@ class Family:
     backbone: the model without its head.  blocks: the list of layers.  norm: what follows the
     last block (None: nothing).  head: the classification head.  lora: default LoRA targets.
     projections: the last linear layer of the two halves of a block, where adapters sit.
+    attention: the modules of a block that its first half consists of.
     """
 
     backbone: str
@@ -21,6 +22,7 @@ class Family:
     head: str
     lora: tuple[str, ...]
     projections: dict[str, str]
+    attention: tuple[str, ...]
     decoder: bool = True
 
 
@@ -31,6 +33,7 @@ _LLAMA = Family(
     head="score",
     lora=("q_proj", "v_proj"),
     projections={"attention": "self_attn.o_proj", "ffn": "mlp.down_proj"},
+    attention=("input_layernorm", "self_attn"),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -41,6 +44,7 @@ FAMILIES: dict[str, Family] = {
         head="score",
         lora=("c_attn",),
         projections={"attention": "attn.c_proj", "ffn": "mlp.c_proj"},
+        attention=("ln_1", "attn"),
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -53,6 +57,7 @@ FAMILIES: dict[str, Family] = {
         head="classifier",
         lora=("query", "value"),
         projections={"attention": "attention.output.dense", "ffn": "output.dense"},
+        attention=("attention",),
         decoder=False,
     ),
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError
 from fedllm.models.attention import NAME as BLOCKS
-from fedllm.models.core import Core, Part
+from fedllm.models.core import Core, Part, Piece
 from fedllm.models.families import FAMILIES, Family
 from fedllm.models.frozen import Frozen
 from fedllm.models.slots import Slots, give_slots
@@ -156,7 +156,7 @@ class LanguageModel:
     frozen: Frozen = field(default_factory=Frozen)
     half: bool = False
     twin: LanguageModel | None = None
-    _parts: dict[tuple[Part, int, int], Core] = field(default_factory=dict)
+    _parts: dict[tuple[Part, float, float], Core] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -185,7 +185,7 @@ class LanguageModel:
         """The whole model."""
         return self.part("whole", 0)
 
-    def part(self, part: Part, cut: int, begin: int = 0) -> Core:
+    def part(self, part: Part, cut: float, begin: float = 0) -> Core:
         """The whole or one side of a cut, from block ``begin`` on; cached, sharing all modules."""
         if part == "whole":
             cut = 0
@@ -198,6 +198,10 @@ class LanguageModel:
             calm(core)
             self._parts[part, cut, begin] = core
         return self._parts[part, cut, begin]
+
+    def piece(self, piece: Piece) -> Core:
+        """The same, of a piece."""
+        return self.part(piece.part, piece.cut, piece.begin)
 
     def countable(self, core: Core) -> Core:
         """The same part with layers whose operations torch can count without values."""

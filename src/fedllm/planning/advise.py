@@ -16,7 +16,7 @@ from fedllm.estimates.sizes import Sizes
 from fedllm.planning.plan import RANKS, SIZE, options
 from fedllm.planning.sizes import anew, sizes
 from fedllm.report.tables import amount, size
-from fedllm.strategies.activations import check_cut
+from fedllm.strategies.activations import at_client, check_cut
 
 BYTES = {
     "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20,
@@ -275,7 +275,7 @@ def _shared(estimator: Estimator, spec: ex.Activations) -> bool:
         cut = check_cut(spec, estimator.model)
     except FedllmError:
         return True
-    return bool(estimator.model.tunables_of(estimator.model.part("client", cut)))
+    return bool(at_client(spec, estimator.model, cut))
 
 
 def ranks(experiment: ex.Experiment) -> list[int]:

@@ -12,12 +12,13 @@ from fedllm import compare, costs, federation
 from fedllm import experiment as ex
 from fedllm.costs import ClientSize, PublicSize
 from fedllm.data.examples import Examples
+from fedllm.models.core import HALF
 from fedllm.models.loading import LanguageModel
 from fedllm.report.tables import amount, size
 from fedllm.round import Federation
 from fedllm.summary import variant
 from fedllm.training.jobs import Tasked
-from fedllm.training.meter import Meter, clock_of
+from fedllm.training.meter import Meter, clock_of, held_bytes
 
 
 def _size(examples: Examples) -> ClientSize:
@@ -166,20 +167,21 @@ def _line(
         server = extra + 0.4 * public.tokens * per_token if spec.server_model else 0.0
         train += extra + 0.4 * public.tokens * per_token
     elif isinstance(spec, ex.Activations):
-        from fedllm.strategies.activations import check_cut
+        from fedllm.strategies.activations import at_client, check_cut
 
         listed = list(spec.cut.values() if isinstance(spec.cut, dict) else spec.cut) \
             if not isinstance(spec.cut, int | str) else [0]  # fmt: skip
         each = [check_cut(spec, model, own) for own in listed]
         cut = round(sum(each) / len(each))
-        names = set(model.tunables_of(model.part("client", cut)))
-        if spec.labels == "client":
-            names |= set(model.tunables_of(model.part("tail", cut)))
-        half = costs.tunable_bytes(model, sorted(names))
+        half = costs.tunable_bytes(model, at_client(spec, model, cut))
         number = costs.batches(client.rows, experiment.training.batch_size) * epochs
         averages = 1 + (number - 1) // spec.average_every if spec.average_every else 1
         up, down = costs.activations_payload(model, spec, client, epochs, half, averages)
-        server = train * (1 - cut / model.blocks) * len(whom)
-        train *= cut / model.blocks
+        attention, block = (
+            held_bytes(model.part("body", cut - 1 + part, cut - 1)) for part in (HALF, 1)
+        )  # as good as any other block's
+        share = (cut + spec.inside * attention / block) / model.blocks
+        server = train * (1 - share) * len(whom)
+        train *= share
     seconds = (train * len(whom) + server) * experiment.rounds / speed
     return [variant(experiment), size(up), size(down), amount("flops", train), f"{seconds:.0f}"]

@@ -12,12 +12,16 @@ some clients and, for others, at the server is averaged over all of them, wherev
 cuts are chosen as it goes, cc1 says how the next round cuts: blocks change sides with cc3, and what
 their optimizers remember goes along.
 
+With ``inside = N`` a batch crosses more often: of the N blocks above the cut the client has the
+attention and the server the feed-forward part. Between the client's first piece and the loss c1, c2
+and c3 then take turns, and c4 and c5 on the way back; an ordinary cut is the case of one turn.
+
 Activations travel packed: real tokens only, [tokens, width], with the lengths of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +36,7 @@ from fedllm.data.examples import Examples
 from fedllm.errors import FedllmError
 from fedllm.exchange import ANYTHING, Exchange, Want, like
 from fedllm.message import Failure, Message, Role, of_role
-from fedllm.models.core import Core
+from fedllm.models.core import Core, Piece, pieces
 from fedllm.models.frozen import Known
 from fedllm.models.inputs import Inputs, beside
 from fedllm.models.loading import LanguageModel
@@ -43,7 +47,7 @@ from fedllm.training.cohort import work
 from fedllm.training.jobs import Backward, Forward, Half, Passed, Tasked
 from fedllm.training.known import known
 from fedllm.training.learner import SLOTS, Learner, Span
-from fedllm.training.meter import held_bytes
+from fedllm.training.meter import Meter, held_bytes
 from fedllm.training.objectives import cross_entropy
 from fedllm.training.sampling import of_rows
 
@@ -140,21 +144,55 @@ class Alive:
 
 
 @dataclass(eq=False)
-class Turn:
+class Side:
     """
-    One server half's step on the way: of one client, or of all that are concatenated.
+    One side's pieces in training, in the order in which a batch goes through them.
 
-    parts: each client's rows.  weights: units of those who have a say.  goal, gradient: the loss
-    at the server, or the gradient that the clients' heads sent.  each: the loss of each unit.
+    learners: of all of them; they step when a batch's gradient has gone back through the first.
     """
 
-    half: Half
-    clients: list[str]
+    pieces: list[Half]
+    learners: tuple[Learner, ...]
+
+    def forward(
+        self, passes: Sequence[Passed], batch: Batch, purpose: tuple[object, ...], step: str,
+        watched: int | None = None,
+    ) -> Forward:  # fmt: skip
+        """The pass of the piece that comes after these passes."""
+        number = len(passes)
+        purpose = (*purpose, number) if number else purpose
+        below = sum(passed.left for passed in passes)
+        return Forward(self.pieces[number], batch, purpose, step, watched=watched, below=below)
+
+
+@dataclass(eq=False)
+class Crossed:
+    """What crossed to a server's piece, and its pass.  parts: each client's rows."""
+
     parts: dict[str, Inputs]
     batch: Batch
-    weights: dict[str, float]
-    forward: Forward
     passed: Passed = field(init=False)
+
+    def split(self, cells: Tensor, extra: int) -> dict[str, Tensor]:
+        """Each client's cells."""
+        sizes = [i.cells + extra * i.rows for i in self.parts.values()]
+        return dict(zip(self.parts, torch.split(cells, sizes), strict=True))
+
+
+@dataclass(eq=False)
+class Turn:
+    """
+    One server side's step on the way: of one client, or of all that are concatenated.
+
+    sent: what c2 said first of each client's rows.  crossed: of each of the server's pieces.
+    weights: units of those who have a say.  goal, gradient: the loss at the server, or the gradient
+    that clients sent of what the last piece gave.  each: the loss of each unit.
+    """
+
+    side: Side
+    sent: dict[str, Message]
+    crossed: list[Crossed] = field(default_factory=list)
+    weights: dict[str, float] = field(default_factory=dict)
     goal: Tensor | None = None
     gradient: Tensor | None = None
     loss: float = 0.0
@@ -180,7 +218,7 @@ class Activations:
         self.slots = {*SLOTS[setup.training.optimizer], "step"}
         self.weighs = setup.training.sampling == "loss" and not self.home
         self.batches = Want(("left", "number"), ("units",), look=self._misfit)
-        self.extra = self._server(self.cut).prompt_tokens
+        self.extra = self._server(self.cut)[0].prompt_tokens
         self.personal = model.head if model.spec.head == "personal" else frozenset[str]()
         self.tasks: Tasks = {
             "forward": self.forward, "head": self.head, "backward": self.backward,
@@ -191,14 +229,21 @@ class Activations:
         """First values of both halves."""
         return ServerState({n: t for n, t in self.model.initial.items() if n not in self.personal})
 
-    def _server(self, cut: int) -> Core:
-        """The server's part of a model cut there."""
-        return self.model.part("body" if self.home else "server", cut)
+    def _pieces(self, cut: int, begin: int = 0) -> tuple[list[Piece], list[Piece]]:
+        """What lies at a client of this cut, and at the server."""
+        return pieces(self.model.blocks, cut, self.options.inside, self.home, begin)
+
+    def _server(self, cut: int) -> list[Core]:
+        """The server's pieces of a model cut there."""
+        return [self.model.piece(piece) for piece in self._pieces(cut)[1]]
+
+    def _there(self, cut: int) -> list[str]:
+        """Tunables at the server, for clients of this cut."""
+        return sorted({n for core in self._server(cut) for n in self.model.tunables_of(core)})
 
     def _names(self, cut: int) -> set[str]:
         """Tunables at a client of this cut; a personal head, which is of no average, left out."""
-        there = self.model.tunables_of(self._server(cut))
-        return set(self.model.initial) - set(there) - self.personal
+        return set(self.model.initial) - set(self._there(cut)) - self.personal
 
     def _cuts(self, clients: Sequence[str], state: ServerState | None = None) -> dict[str, int]:
         """Blocks at each of these clients."""
@@ -229,7 +274,7 @@ class Activations:
         cuts = self._cuts(cohort, state)
         check_alike(self.options, cuts.values())
         state = self._bring(state, [c for c in cohort if self._stale(state, c)], cuts, ask)
-        halves = self._halves(state, cuts, ask)
+        sides = self._sides(state, cuts, ask)
         alive = Alive(cohort, ask)
         since: dict[str, float] = {}  # units seen since the last average
         whole: dict[str, float] = {}  # and in this round
@@ -239,30 +284,25 @@ class Activations:
             asked = {client: Message("c1", "forward", facts=self._told(cuts[client]))
                      for client in group}  # fmt: skip
             replies = alive.gather(asked, self.batches)  # c1, c2
-            if replies:
-                gradients, loss = self._step(halves, replies, alive, ask)  # c3
-                losses.append(loss)
-                for client in gradients:
-                    seen = float(replies[client].facts["units"])
-                    since[client] = since.get(client, 0.0) + seen
-                    whole[client] = whole.get(client, 0.0) + seen
-                alive.gather(
-                    {
-                        client: Message("c4", "backward", sent, {n: ROLES[n] for n in sent})
-                        for client, sent in gradients.items()
-                    }
-                )  # c4, c5
+            turns = self._through(sides, replies, alive, ask) if replies else []  # c3
+            if turns:
+                losses.append(float(np.mean([turn.loss for turn in turns])))
+                for turn in turns:
+                    for client, seen in turn.weights.items():
+                        since[client] = since.get(client, 0.0) + seen
+                        whole[client] = whole.get(client, 0.0) + seen
+                self._back(turns, alive, ask)  # c3 to c5
             sweeps += sweep_ends
             every = self.options.average_every
             if every and sweep_ends and sweeps % every == 0 and alive.busy():
-                state, _ = self._average(state, alive, since, cuts, halves, ask)
+                state, _ = self._average(state, alive, since, cuts, sides, ask)
                 since = {}
         if self.setup.cutter is not None:
             clock = {"clock": self.setup.cutter.seconds(ask.round, cuts)}
             state = replace(state, facts={**state.facts, **clock})
         state = self._chosen(state, ask.round)
-        state, moments = self._average(state, alive, since, cuts, halves, ask)
-        state = self._merge(state, halves, whole, cuts, ask)
+        state, moments = self._average(state, alive, since, cuts, sides, ask)
+        state = self._merge(state, sides, whole, cuts, ask)
         state = self._moved(state, moments, cuts)
         return replace(state, facts={**state.facts, "loss": float(np.mean(losses))})
 
@@ -334,37 +374,35 @@ class Activations:
             return "the places of its tokens are not in order, or beyond their rows"
         return ""
 
-    def _halves(
+    def _sides(
         self, state: ServerState, cuts: Mapping[str, int], ask: Exchange
-    ) -> dict[str, Half]:  # fmt: skip
-        """The server half that serves each client, with its persistent optimizer."""
-        lowest = self._server(min(cuts.values()))
+    ) -> dict[str, Side]:  # fmt: skip
+        """The server's side that serves each client, with its persistent optimizer."""
 
-        def learner(core: Core, optimizer: Group) -> Learner:
-            values = {name: state.shared[name] for name in self.model.tunables_of(core)}
+        def learner(cut: int, optimizer: Group) -> Learner:
+            values = {name: state.shared[name] for name in self._there(cut)}
             return Learner(values, self.setup.training, optimizer, device=self.model.device)
 
-        def half(cut: int, learner: Learner) -> Half:
-            return Half(self.model, self._server(cut), learner, ask.meter)
+        def side(cut: int, learner: Learner) -> Side:
+            return side_of(self.model, self._server(cut), learner, ask.meter)
 
+        lowest = min(cuts.values())
         if self.options.server == "per-client":
-            halves = {
-                client: half(cut, learner(self._server(cut), state.clients.get(client, {})))
+            sides = {
+                client: side(cut, learner(cut, state.clients.get(client, {})))
                 for client, cut in cuts.items()
             }
-            together = sum(one.learner.reserved for one in halves.values())
+            together = sum(one.learners[0].reserved for one in sides.values())
         else:
             common = learner(lowest, state.optimizer)
-            above = {
-                cut: half(cut, common.within(self.model.tunables_of(self._server(cut))))
-                for cut in sorted(set(cuts.values()))
-            }
-            halves = {client: above[cut] for client, cut in cuts.items()}
+            above = {cut: side(cut, common.within(self._there(cut)))
+                     for cut in sorted(set(cuts.values()))}  # fmt: skip
+            sides = {client: above[cut] for client, cut in cuts.items()}
             together = common.reserved
-        for one in halves.values():  # the server holds all of them at once
-            one.beside = held_bytes(lowest) + together - held_bytes(one.core)
-            one.beside -= one.learner.reserved
-        return halves
+        all_of_it = sum(map(held_bytes, self._server(lowest))) + together
+        for half in (half for one in sides.values() for half in one.pieces):
+            half.beside = all_of_it - held_bytes(half.core) - half.learner.reserved
+        return sides
 
     def _turns(self, alive: Alive, rng: np.random.Generator) -> Iterator[tuple[list[str], bool]]:
         """
@@ -386,28 +424,37 @@ class Activations:
                     if client in alive.busy():
                         yield [client], client == sweep[-1]
 
-    def _step(
-        self, halves: Mapping[str, Half], replies: Mapping[str, Message], alive: Alive,
+    def _through(
+        self, sides: Mapping[str, Side], replies: Mapping[str, Message], alive: Alive,
         ask: Exchange,
-    ) -> tuple[dict[str, Group], float]:  # fmt: skip
+    ) -> list[Turn]:  # fmt: skip
         """
-        c3: forward, loss, backward and step; returns what each client gets (c4), its gradient.
+        c3: forward through all pieces, those of the clients in between, and the loss.
 
-        A client gets the gradient of its own mean loss, however many rows others brought.
+        Returns who got so far. One who fails on the way has no say in this step.
         """
         whole = self.options.server == "concatenated"
         groups = [list(replies)] if whole else [[client] for client in replies]
-        turns = [self._turn(halves[group[0]], group, replies, ask) for group in groups]
-        for turn, passed in zip(turns, _all(work([t.forward for t in turns])), strict=True):
-            turn.passed = passed
+        turns = [Turn(sides[group[0]], {c: replies[c] for c in group}) for group in groups]
+        for number in range(len(turns[0].side.pieces)):
+            if number:  # c1 and c2 again
+                sent = self._down(turns, "c1", "forward")
+                replies = alive.gather(sent, Want(look=_like(sent, H, H)))
+            turns = [turn for turn in turns if any(c in replies for c in turn.sent)]
+            jobs = [self._cross(turn, replies, ask) for turn in turns]
+            for turn, passed in zip(turns, _all(work(jobs)), strict=True):
+                turn.crossed[-1].passed = passed
+        for turn in turns:
+            turn.weights = {c: float(turn.sent[c].facts["units"]) for c in turn.crossed[-1].parts}
         if self.home:
             self._ask_heads(turns, alive)
         else:
             for turn in turns:
                 with ask.meter.step("c3"):
-                    goal = turn.passed.out
-                    each = cross_entropy(goal, turn.batch.targets, turn.batch.places)
-                    loss = _mean(each, turn.batch)
+                    last = turn.crossed[-1]
+                    goal = last.passed.out
+                    each = cross_entropy(goal, last.batch.targets, last.batch.places)
+                    loss = _mean(each, last.batch)
                 turn.goal, turn.loss, turn.each = loss, float(loss.detach()), each.detach()
         turns = [turn for turn in turns if turn.weights]
         for turn in turns:
@@ -415,45 +462,97 @@ class Activations:
                 raise FedllmError(
                     f"round {ask.round}: the loss became {turn.loss}; lower training.rate"
                 )
+        return turns
+
+    def _down(self, turns: Sequence[Turn], step: str, task: str) -> dict[str, Message]:
+        """What the last piece gave, to those whose rows went through it."""
+        found = {}
+        for turn in turns:
+            last = turn.crossed[-1]
+            for client, out in last.split(last.passed.out.detach(), self.extra).items():
+                packed = pack_rows(out, last.parts[client], self.extra).contiguous()
+                found[client] = Message(step, task, {H: packed}, {H: Role.ACTIVATION})
+        return found
+
+    def _cross(self, turn: Turn, replies: Mapping[str, Message], ask: Exchange) -> Forward:
+        """The pass of the server's next piece over what came up."""
+        mine = {
+            client: replace(sent, tensors={**sent.tensors, H: replies[client].tensors[H]})
+            for client, sent in turn.sent.items() if client in replies
+        }  # fmt: skip
+        passes = [crossed.passed for crossed in turn.crossed]
+        with ask.meter.step("c3"):
+            batch, parts = self._server_batch(mine)
+            if len(passes) < len(turn.side.pieces) - 1:
+                batch = _bare(batch, batch.inputs)
+        turn.crossed.append(Crossed(parts, batch))
+        number = next(iter(mine.values())).facts["number"]
+        purpose = (self.setup.seed, ask.round, "server", *sorted(mine), "dropout", number)
+        return turn.side.forward(passes, batch, purpose, "c3")
+
+    def _back(self, turns: Sequence[Turn], alive: Alive, ask: Exchange) -> None:
+        """
+        c3: backward through all pieces, and a step; c4: what each client gets, its gradient.
+
+        A client gets the gradient of its own mean loss, however many rows others brought.
+        """
         span = Span(ask.round - 1, self.setup.rounds)
-        jobs = [
-            Backward(
-                turn.passed, "c3", turn.gradient, turn.goal, (turn.half.learner,),
-                span.at(self._done(turn, alive)),
-            )
-            for turn in turns
-        ]  # fmt: skip
-        gradients: dict[str, Group] = {}
-        for turn, found in zip(turns, _all(work(jobs)), strict=True):
-            with ask.meter.step("c3"):
-                gradients |= {client: {GRAD: g} for client, g in self._share(turn, found).items()}
-                if self.weighs and turn.each is not None:
-                    counts = [len(replies[client].tensors[WEIGHTS]) for client in turn.clients]
-                    for client, part in zip(
-                        turn.clients, torch.split(turn.each, counts), strict=True
-                    ):
-                        gradients[client][LOSSES] = part
-        return gradients, float(np.mean([turn.loss for turn in turns]))
+        for number in reversed(range(len(turns[0].side.pieces))):
+            jobs = [
+                Backward(
+                    turn.crossed[number].passed, "c3", turn.gradient, turn.goal,
+                    () if number else turn.side.learners, span.at(self._done(turn, alive)),
+                )
+                for turn in turns
+            ]  # fmt: skip
+            gradients: dict[str, Group] = {}
+            for turn, found in zip(turns, _all(work(jobs)), strict=True):
+                with ask.meter.step("c3"):
+                    shares = self._share(turn, turn.crossed[number], found)
+                    mine = {client: {GRAD: g} for client, g in shares.items() if client in alive}
+                    if self.weighs and turn.each is not None:
+                        counts = [len(turn.sent[c].tensors[WEIGHTS]) for c in turn.weights]
+                        parts = torch.split(turn.each, counts)
+                        for client, part in zip(turn.weights, parts, strict=True):
+                            mine[client][LOSSES] = part
+                    gradients |= mine
+                turn.goal = turn.each = None
+            sent = {
+                client: Message("c4", "backward", tensors, {n: ROLES[n] for n in tensors})
+                for client, tensors in gradients.items()
+            }
+            if not number:
+                alive.gather(sent)  # c5
+                return
+            replies = alive.gather(sent, Want(look=_like(sent, GRAD, GRAD)))
+            for turn in turns:
+                turn.gradient = self._joined(turn, turn.crossed[number - 1], replies)
+
+    def _joined(
+        self, turn: Turn, crossed: Crossed, replies: Mapping[str, Message]
+    ) -> Tensor:  # fmt: skip
+        """
+        The gradient of the mean loss of all by what a piece gave, from the clients' own.
+
+        Who did not answer has no say in it.
+        """
+        total, parts = sum(turn.weights.values()), []
+        for client, out in crossed.split(crossed.passed.out, self.extra).items():
+            if client in replies and client in turn.weights:
+                sent = replies[client].tensors[GRAD].to(out.device)
+                whole = unpack_rows(sent, crossed.parts[client], self.extra)
+                parts.append(whole * (turn.weights[client] / total))
+            else:
+                parts.append(torch.zeros_like(out))
+        return torch.cat(parts)
 
     def _done(self, turn: Turn, alive: Alive) -> float:
-        """How much of the round lies behind this step of a server half."""
+        """How much of the round lies behind this step of a server side."""
         if self.options.server == "concatenated":
             return alive.longest()
         if self.options.server == "per-client":
-            return alive.fraction(turn.clients[0])
+            return alive.fraction(next(iter(turn.sent)))
         return alive.overall()
-
-    def _turn(
-        self, half: Half, clients: list[str], replies: Mapping[str, Message], ask: Exchange
-    ) -> Turn:
-        """One server half's pass over these clients' batches."""
-        mine = {client: replies[client] for client in clients}
-        with ask.meter.step("c3"):
-            batch, parts = self._server_batch(mine)
-        number = mine[clients[0]].facts["number"]
-        purpose = (self.setup.seed, ask.round, "server", *sorted(clients), "dropout", number)
-        weights = {client: float(reply.facts["units"]) for client, reply in mine.items()}
-        return Turn(half, clients, parts, batch, weights, Forward(half, batch, purpose, "c3"))
 
     def _server_batch(
         self, replies: Mapping[str, Message]
@@ -496,21 +595,9 @@ class Activations:
 
     def _ask_heads(self, turns: Sequence[Turn], alive: Alive) -> None:
         """Labels at home: hidden states down, the loss's gradient up."""
-        extra = self.extra
-        requests = {}
-        for turn in turns:
-            for client, out in zip(turn.clients, self._split(turn, turn.passed.out), strict=True):
-                packed = pack_rows(out.detach(), turn.parts[client], extra).contiguous()
-                requests[client] = Message("c3", "head", {H: packed}, {H: Role.ACTIVATION})
-
-        def look(reply: Message) -> str:
-            sent = requests[reply.client].tensors[H]
-            fits = set(reply.tensors) == {GRAD} and reply.tensors[GRAD].shape == sent.shape
-            fits = fits and reply.tensors[GRAD].dtype is sent.dtype
-            return "" if fits else "sent another gradient than of the hidden states it got"
-
-        back = alive.gather(requests, Want(("loss",), look=look))
-        if not back:
+        sent = self._down(turns, "c3", "head")
+        back = alive.gather(sent, Want(("loss",), look=_like(sent, H, GRAD)))
+        if sent and not back:
             raise FedllmError(f"no client's head answered: {alive.why()}")
         for turn in turns:
             turn.weights = {c: w for c, w in turn.weights.items() if c in back}
@@ -520,31 +607,18 @@ class Activations:
             turn.loss = (
                 sum(float(back[c].facts["loss"]) * w for c, w in turn.weights.items()) / total
             )
-            parts = []
-            for client, out in zip(turn.clients, self._split(turn, turn.passed.out), strict=True):
-                if client in back:
-                    sent = back[client].tensors[GRAD].to(out.device)
-                    whole = unpack_rows(sent, turn.parts[client], extra)
-                    parts.append(whole * (turn.weights[client] / total))
-                else:  # its head failed: it has no say in this step
-                    parts.append(torch.zeros_like(out))
-            turn.gradient = torch.cat(parts)
+            turn.gradient = self._joined(turn, turn.crossed[-1], back)
 
-    def _split(self, turn: Turn, cells: Tensor) -> Sequence[Tensor]:
-        """Each client's cells of a turn."""
-        extra = self.extra
-        return torch.split(cells, [i.cells + extra * i.rows for i in turn.parts.values()])
-
-    def _share(self, turn: Turn, found: Tensor | None) -> dict[str, Tensor]:
-        """The gradient of each client's own mean loss by its activations, packed."""
+    def _share(self, turn: Turn, crossed: Crossed, found: Tensor | None) -> dict[str, Tensor]:
+        """The gradient of each client's own mean loss by what crossed, packed."""
         if found is None:
-            found = torch.zeros_like(turn.batch.inputs.x)
+            found = torch.zeros_like(crossed.batch.inputs.x)
         total = sum(turn.weights.values())
-        extra = self.extra
-        parts = zip(turn.clients, self._split(turn, found), strict=True)
         return {
-            client: pack_rows(part * (total / turn.weights[client]), turn.parts[client], extra)
-            for client, part in parts
+            client: pack_rows(
+                part * (total / turn.weights[client]), crossed.parts[client], self.extra
+            )
+            for client, part in crossed.split(found, self.extra).items()
             if client in turn.weights
         }
 
@@ -578,7 +652,7 @@ class Activations:
 
     def _average(
         self, state: ServerState, alive: Alive, seen: Mapping[str, float],
-        cuts: Mapping[str, int], halves: Mapping[str, Half], ask: Exchange,
+        cuts: Mapping[str, int], sides: Mapping[str, Side], ask: Exchange,
     ) -> tuple[ServerState, dict[str, Group]]:  # fmt: skip
         """
         cc1 to cc4, weighted by the units seen since the last average.
@@ -608,7 +682,8 @@ class Activations:
         with ask.meter.step("cc2"):
             updates = {}
             for client, reply in replies.items():
-                here = halves[client].learner.within(sorted(somewhere - names[cuts[client]]))
+                (learner,) = sides[client].learners
+                here = learner.within(sorted(somewhere - names[cuts[client]]))
                 updates[client] = {**_parted(reply.tensors)[0], **here.values()}
             half = self.rule(updates, seen)
         version = int(state.facts.get("version", 0)) + 1
@@ -620,7 +695,7 @@ class Activations:
         if self.setup.training.optimizer_state == "keep":
             for client in (c for c in there if after[c] != cuts[c]):
                 new = self._names(after[client]) - names[cuts[client]]
-                joining[client] = _of(halves[client].learner.state(), new)
+                joining[client] = _of(sides[client].learners[0].state(), new)
         left = {client: _parted(reply.tensors)[1] for client, reply in replies.items()}
         return self._bring(state, there, after, ask, joining), left
 
@@ -648,23 +723,24 @@ class Activations:
         return replace(state, optimizer=optimizer)
 
     def _merge(
-        self, state: ServerState, halves: Mapping[str, Half], seen: Mapping[str, float],
+        self, state: ServerState, sides: Mapping[str, Side], seen: Mapping[str, float],
         cuts: Mapping[str, int], ask: Exchange,
     ) -> ServerState:  # fmt: skip
         """What lies at the server for everybody: as it is, or the mean of the clients' (V1)."""
-        always = self.model.tunables_of(self._server(max(cuts.values())))
+        always = self._there(max(cuts.values()))
+        learners = {client: side.learners[0] for client, side in sides.items()}
         if self.options.server != "per-client":
-            learner = next(iter(halves.values())).learner
+            learner = next(iter(learners.values()))
             return replace(
                 state, shared={**state.shared, **learner.within(always).values()},
                 optimizer={**state.optimizer, **learner.state()},
             )  # fmt: skip
         with ask.meter.step("cc2"):
-            values = {client: halves[client].learner.within(always).values() for client in seen}
+            values = {client: learners[client].within(always).values() for client in seen}
             merged = self.rule(values, seen)
         optimizers = {
-            client: {**state.clients.get(client, {}), **half.learner.state()}
-            for client, half in halves.items()
+            client: {**state.clients.get(client, {}), **learner.state()}
+            for client, learner in learners.items()
         }
         return replace(
             state, shared={**state.shared, **merged}, clients={**state.clients, **optimizers}
@@ -680,27 +756,35 @@ class Activations:
         """What stays at this client: its head, if that is personal."""
         return {n: self.model.initial[n] for n in self.personal} | site.group("personal")
 
-    def _half_of(self, site: Site) -> dict[str, Half]:
-        """The client's parts in training (the tail only with labels at home)."""
-        if "halves" not in site.live:
+    def _side(self, site: Site) -> Side:
+        """The client's pieces in training; with labels at home the head has its own learner."""
+        if "side" not in site.live:
             cut = self._cut(site)
             begin = self._begin(cut)
-            parts = {"client": self.model.part("client", cut, begin)}
-            if self.home:
-                parts["tail"] = self.model.part("tail", cut)
             values = self.model.initial | site.group("tunables") | self.own(site)
             keep = self.setup.training.optimizer_state == "keep"
             optimizer = site.group("optimizer") if keep else {}
-            halves = {}
-            for name, core in parts.items():
-                mine = {n: values[n] for n in self.model.tunables_of(core)}
+            cores = [self.model.piece(piece) for piece in self._pieces(cut, begin)[0]]
+
+            def side(some: list[Core]) -> Side:
+                names = sorted({n for core in some for n in self.model.tunables_of(core)})
+                mine = {n: values[n] for n in names}
                 learner = Learner(mine, self.setup.training, optimizer, device=self.model.device)
-                halves[name] = Half(self.model, core, learner, site.meter)
+                return side_of(self.model, some, learner, site.meter)
+
+            lower = side(cores[:-1] if self.home else cores)
+            beside = sum(half.held for half in lower.pieces)
             if self._below(site) is not None:  # the blocks that ran once are still there
                 apart = self.model.part("client", begin)
-                halves["client"].beside = held_bytes(apart) + sum(site.meter.held.values())
-            site.live["halves"] = halves
-        return dict(site.live["halves"])
+                beside += held_bytes(apart) + sum(site.meter.held.values())
+            for half in lower.pieces:
+                half.beside = beside - half.held
+            head = side(cores[-1:]) if self.home else Side([], ())
+            site.live["side"] = Side(
+                [*lower.pieces, *head.pieces], (*lower.learners, *head.learners)
+            )
+        found: Side = site.live["side"]
+        return found
 
     def _below(self, site: Site) -> Known | None:
         """The private rows' hidden states, as far as nothing before them is trained."""
@@ -746,22 +830,27 @@ class Activations:
         return next(site.live["batches"]), number, site.live["per_round"] - number
 
     def forward(self, site: Site, message: Message) -> Tasked[Message]:
-        """c1 run the first layers on a private batch, c2 send activations (and labels)."""
+        """
+        c1 run the first layers on a private batch, c2 send activations (and labels).
+
+        c1 with hidden states: run the next piece on what the server made of these activations.
+        """
+        if H in message.tensors:
+            return (yield from self._further(site, message.tensors[H]))
         if CUT in message.facts:
             site.live[CUT] = check_cut(self.options, self.model, int(message.facts[CUT]))
-        half = self._half_of(site)["client"]
+        side = self._side(site)
         batch, number, left = self._next(site)
-        purpose = (self.setup.seed, site.name, "private", "dropout", site.round, number)
-        bare = replace(batch, inputs=replace(batch.inputs, select=None))
         watched = self.share < 1 and self.options.keep_by == "attention"
-        passed: Passed = yield Forward(
-            half, bare, purpose, "c1", watched=self._cut(site) - 1 if watched else None
-        )
+        passed: Passed = yield side.forward(
+            [], _bare(batch, batch.inputs), self._purpose(site), "c1",
+            self._cut(site) - 1 if watched else None,
+        )  # fmt: skip
         with site.meter.step("c1"):
             extra, chosen = self.extra, None
             if self.share < 1:
                 chosen = self._kept(site, batch, passed.received, number)
-            site.live.update(batch=batch, passed=passed, kept=chosen)
+            site.live.update(batch=batch, passes=[passed], kept=chosen)
             real = batch.inputs.full_lengths() + extra
             out = pack_rows(passed.out.detach(), batch.inputs, extra, chosen)
             tensors, roles = {H: out, LENGTHS: real.int()}, {H: Role.ACTIVATION, LENGTHS: Role.MASK}
@@ -776,17 +865,40 @@ class Activations:
         facts: dict[str, Any] = {"left": left, "number": number, "units": batch.units}
         return Message("c2", tensors=tensors, roles=roles, facts=facts)
 
+    def _further(self, site: Site, sent: Tensor) -> Tasked[Message]:
+        """c1 and c2 of the next piece."""
+        side, batch = self._side(site), site.live["batch"]
+        passes: list[Passed] = site.live["passes"]
+        if len(passes) >= len(side.pieces) - self.home:
+            raise FedllmError(
+                f"strategy.inside = {self.options.inside}: nothing here takes c1 again"
+            )
+        with site.meter.step("c1"):
+            bare = _bare(batch, self._given(site, sent))
+        passed: Passed = yield side.forward(passes, bare, self._purpose(site), "c1")
+        passes.append(passed)
+        up = {H: pack_rows(passed.out.detach(), batch.inputs, self.extra)}
+        return Message("c2", tensors=up, roles=of_role(Role.ACTIVATION, up))
+
+    def _purpose(self, site: Site) -> tuple[object, ...]:
+        """Of what the client's pieces draw for the batch."""
+        number = site.live["number"]
+        return (self.setup.seed, site.name, "private", "dropout", site.round, number)
+
+    def _given(self, site: Site, sent: Tensor) -> Inputs:
+        """The batch's rows as the hidden states that came down, whose gradient is wanted."""
+        inputs: Inputs = site.live["batch"].inputs
+        here = sent.to(inputs.x.device)
+        hidden = unpack_rows(here, inputs, self.extra, site.live["kept"])
+        return inputs.after(hidden.clone().requires_grad_(True))
+
     def head(self, site: Site, message: Message) -> Tasked[Message]:
         """Labels at home: the loss from the server's hidden states, its gradient back."""
-        half = self._half_of(site)["tail"]
+        half = self._side(site).pieces[-1]
         batch: Batch = site.live["batch"]
-        extra = self.extra
         with site.meter.step("c3"):
-            sent, chosen = message.tensors[H].to(batch.targets.device), site.live["kept"]
-            hidden = unpack_rows(sent, batch.inputs, extra, chosen)
-            hidden = hidden.clone().requires_grad_(True)
+            given = replace(batch, inputs=self._given(site, message.tensors[H]))
         purpose = (self.setup.seed, site.name, "tail", site.round, site.live["number"])
-        given = replace(batch, inputs=batch.inputs.after(hidden))
         passed: Passed = yield Forward(half, given, purpose, "c3", "tail")
         with site.meter.step("c3"):
             each = cross_entropy(passed.out, batch.targets, batch.places)
@@ -795,15 +907,16 @@ class Activations:
                 train = site.train
                 site.learnt(of_rows(batch, train, each), len(train))
         found: Tensor = yield Backward(passed, "c3", goal=loss)
-        gradient = {GRAD: pack_rows(found, batch.inputs, extra, chosen)}
+        gradient = {GRAD: pack_rows(found, batch.inputs, self.extra, site.live["kept"])}
         return Message(
             "c3", tensors=gradient, roles=of_role(Role.GRADIENT, gradient),
             facts={"loss": float(loss.detach())},
         )  # fmt: skip
 
     def backward(self, site: Site, message: Message) -> Tasked[Message]:
-        """c5: finish the back-propagation, step."""
-        passed: Passed = site.live.pop("passed")
+        """c5: finish the back-propagation, step; before the first piece only hand it on."""
+        passes: list[Passed] = site.live["passes"]
+        passed = passes.pop()
         batch: Batch = site.live["batch"]
         sent = message.tensors[GRAD].to(passed.out.device)
         if LOSSES in message.tensors:
@@ -811,20 +924,22 @@ class Activations:
             site.learnt(of_rows(batch, train, message.tensors[LOSSES]), len(train))
         gradient = unpack_rows(sent, batch.inputs, self.extra, site.live["kept"])
         fraction = (site.live["number"] - 1) / site.live["per_round"]
-        yield Backward(
-            passed, "c5", gradient, None,
-            tuple(half.learner for half in self._half_of(site).values()),
+        found: Tensor = yield Backward(
+            passed, "c5", gradient, None, () if passes else self._side(site).learners,
             Span(site.round - 1, self.setup.rounds).at(fraction),
         )  # fmt: skip
-        return Message("c5")
+        if not passes:
+            return Message("c5")
+        up = {GRAD: pack_rows(found, batch.inputs, self.extra)}
+        return Message("c5", tensors=up, roles=of_role(Role.GRADIENT, up))
 
     def collect(self, site: Site, message: Message) -> Message:
         """cc1: send the tunables of the client's side."""
         values: Group = {}
         optimizer: Group = {}
-        for half in self._half_of(site).values():
-            values |= half.learner.values()
-            optimizer |= half.learner.state()
+        for learner in self._side(site).learners:
+            values |= learner.values()
+            optimizer |= learner.state()
         site.keep("personal", {n: t for n, t in values.items() if n in self.personal})
         sent = {n: t for n, t in values.items() if n not in self.personal}
         if self.setup.training.optimizer_state == "keep":
@@ -842,8 +957,36 @@ class Activations:
         site.keep("tunables", values)
         if moments:
             site.keep("optimizer", site.group("optimizer") | moments)
-        site.live.pop("halves", None)  # their optimizers end here
+        site.live.pop("side", None)  # its optimizers end here
         return Message("cc4")
+
+
+def side_of(
+    model: LanguageModel, cores: Sequence[Core], learner: Learner, meter: Meter
+) -> Side:  # fmt: skip
+    """A side of these pieces, which share a learner."""
+    halves = [
+        Half(model, core, learner.within(model.tunables_of(core)), meter) for core in cores
+    ]  # fmt: skip
+    return Side(halves, (learner,))
+
+
+def _like(requests: Mapping[str, Message], name: str, said: str) -> Callable[[Message], str]:
+    """To look at a reply, which should say only this, shaped as what ``name`` is in the request."""
+
+    def look(reply: Message) -> str:
+        sent, found = requests[reply.client].tensors[name], reply.tensors.get(said)
+        if set(reply.tensors) != {said} or found is None:
+            return f"sent {sorted(reply.tensors)}, not [{said!r}]"
+        fits = found.shape == sent.shape and found.dtype is sent.dtype
+        return "" if fits else f"sent {said!r} of other tokens than it got"
+
+    return look
+
+
+def _bare(batch: Batch, inputs: Inputs) -> Batch:
+    """A batch for a piece that makes no logits."""
+    return replace(batch, inputs=replace(inputs, select=None))
 
 
 def _mean(losses: Tensor, batch: Batch) -> Tensor:
@@ -947,10 +1090,16 @@ def check_cut(options: ex.Activations, model: LanguageModel, own: int = 0) -> in
         )
     asked = own or (options.cut if isinstance(options.cut, int) else 0)
     cut = asked or max(model.blocks // 2, 1)
+    inside = options.inside
     if not 1 <= cut < model.blocks:
         raise FedllmError(
             f"strategy.cut = {asked}: the model has {model.blocks} blocks; "
             f"expected 1 to {model.blocks - 1}"
+        )
+    if cut + inside > model.blocks:
+        raise FedllmError(
+            f"strategy.inside = {inside}: the model has {model.blocks} blocks, {cut} of them below "
+            f"the cut; expected 0 to {model.blocks - cut}"
         )
     if model.spec.kind == "prefix":
         raise FedllmError(
@@ -969,3 +1118,9 @@ def check_cut(options: ex.Activations, model: LanguageModel, own: int = 0) -> in
             "set strategy.labels = 'client'"
         )
     return cut
+
+
+def at_client(options: ex.Activations, model: LanguageModel, cut: int) -> list[str]:
+    """Names of the tunables of a client of this cut, sorted."""
+    mine, _ = pieces(model.blocks, cut, options.inside, options.labels == "client")
+    return sorted({n for piece in mine for n in model.tunables_of(model.piece(piece))})

@@ -38,7 +38,7 @@ def _start(pack: list[Forward]) -> list[Passed]:
     half = pack[0].half
     costs = [job.half.meter.cost(job.step) for job in pack]
     members = [
-        Member(job.half.meter, cost, job.batch, job.half.held)
+        Member(job.half.meter, cost, job.batch, job.held)
         for job, cost in zip(pack, costs, strict=True)
     ]
 
@@ -145,7 +145,7 @@ def _back(group: list[Backward]) -> list[Any]:
     for job in group:
         own = job.passed.job
         meter = own.half.meter
-        held = own.half.held + job.passed.left
+        held = own.held + job.passed.left
         members.append(Member(meter, meter.cost(job.step), own.batch, held))
     waiting = group[0].passed.waiting
     later = waiting - {job.passed.slot for job in group}

@@ -108,6 +108,7 @@ class Forward:
     Run a half, keeping the graph. The result is ``Passed``.
 
     watched: the block of which ``Passed.received`` says what attention each cell received there.
+    below: bytes that graphs of earlier pieces of the same side keep.
     """
 
     half: Half
@@ -116,6 +117,12 @@ class Forward:
     step: str
     kind: str = "train"
     watched: int | None = None
+    below: int = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes that its side holds besides this pass."""
+        return self.half.held + self.below
 
 
 @dataclass(eq=False)

@@ -104,8 +104,16 @@ MEANING = {
                    "clients have it beforehand",
     "lora.rank": "rank of the update; of several the largest",
     "lora.ranks": "ranks of the clients, taken in turn, or a table of clients' names and ranks",
+    "lora.budgets": "bytes each way that clients can pay for in a round, before any codec, "
+                    "given as `ranks` are; each a number, or a table of rounds, e.g. "
+                    "`{ 1 = 100_000, 4 = 20_000 }`",
     "lora.schedule": "the highest rank from which round on, e.g. `{ 1 = 2, 4 = 8 }`; it grows "
                      "without changing a logit, and shrinks to the best approximation",
+    "lora.growth": "ranks that grow while the loss stands still, instead of a `schedule`",
+    "growth.start": "rank of the first round",
+    "growth.factor": "by which it is multiplied",
+    "growth.patience": "rounds in a row without such a gain, after which it grows",
+    "growth.gain": "share of the best loss so far by which a lower one counts",
     "lora.freeze_a": "only the second matrix is trained and sent",
     "lora.alpha": "the update is scaled by alpha / rank",
     "lora.dropout": "dropout before the update's first matrix",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm import costs, federation
+from fedllm import costs, federation, round
 from fedllm import experiment as ex
 from fedllm.aggregation import UNEQUAL
 from fedllm.errors import FedllmError
@@ -65,7 +65,9 @@ def test_each_client_has_its_own_rank_under_every_rule() -> None:
 
 
 def test_a_plan_of_several_ranks_is_what_a_run_pays() -> None:
-    spec = uneven("flexlora", tunables={**UNEVEN, "schedule": {"1": 1, "2": 4}})
+    spec = uneven("flexlora", tunables={
+        **UNEVEN, "schedule": {"1": 1, "2": 4}, "budgets": {"client-3": 17_000},
+    })  # fmt: skip
     built = build(spec)
     finish(built)
     line = plan.look(spec).lines[0]
@@ -199,16 +201,20 @@ def test_growth_changes_no_logit() -> None:
     assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
 
-SCHEDULE: dict[str, Any] = {"kind": "lora", "rank": 4, "schedule": {"1": 1, "2": 4, "3": 2}}
+SCHEDULE: dict[str, Any] = {"schedule": {"1": 1, "2": 4, "3": 2}}
+
+
+def change(tunables: dict[str, Any], **sections: Any) -> ex.Experiment:
+    return experiment(
+        "builtin#4", rounds=3, rows=18, evaluation={"every": 0},
+        tunables={"kind": "lora", "rank": 4, "layers": [3], **tunables},
+        training={"optimizer": "adam", "rate": 0.01, **sections.pop("training", {})}, **sections,
+    )  # fmt: skip
 
 
 def test_the_payload_follows_the_schedule_and_a_resumed_run_is_the_same(tmp_path: Path) -> None:
     """Optimizers go on through growth; a shorter list of ranks at the end is exported as it is."""
-    spec = experiment(
-        rounds=3, tunables={**SCHEDULE, "layers": [3]}, rows=18,
-        training={"optimizer": "adam", "optimizer_state": "keep", "rate": 0.01},
-        evaluation={"every": 0},
-    )  # fmt: skip
+    spec = change(SCHEDULE, training={"optimizer_state": "keep"})
     prepared = federation.prepare(spec, 0)
 
     class Stop(federation.Silent):
@@ -235,6 +241,40 @@ def test_the_payload_follows_the_schedule_and_a_resumed_run_is_the_same(tmp_path
     assert rank_of(end.server.shared) == 2
     again = load_adapter(built.model, tmp_path / "whole" / "adapter")
     assert all(torch.equal(again[n], t) for n, t in end.server.shared.items())
+
+
+@pytest.mark.parametrize(("gain", "last"), [(0.0, 1), (0.9, 4)])
+def test_a_plateau_lets_the_rank_grow_also_after_a_resume(gain: float, last: int) -> None:
+    """A fall of the loss counts as such where it is large enough; a plan is of no fall at all."""
+    spec = change({"growth": {"start": 1, "factor": 4, "patience": 1, "gain": gain}})
+    built, committed = build(spec), []
+    end = finish(built, committed.append)
+    first, second, _ = (entry["loss"] for entry in end.history)
+    assert 0.1 * first < second < first
+    sizes = {rank: costs.parameters_payload(built.model, rank=rank)[0] for rank in (1, 4)}
+    ranks = (1, 1, last)
+    assert [paid(built, n, "client-1") for n in (1, 2, 3)] == [sizes[r] for r in ranks]
+    again = round.run(build(spec), committed[1], lambda committed: None)
+    assert rank_of(again.server.shared) == last and again.server.facts == end.server.facts
+    assert all(torch.equal(t, again.server.shared[n]) for n, t in end.server.shared.items())
+    assert isinstance(spec.tunables, ex.Lora)
+    assert [spec.tunables.most(n) for n in (1, 2, 3)] == [1, 1, 4]
+
+
+def test_a_client_whose_budget_falls_goes_on_with_a_lower_rank() -> None:
+    """Its bytes follow its budget from round to round; the others' do not."""
+    built = build(
+        change({"budgets": {"client-2": {"1": 10**6, "2": 17_000}}}, training={"optimizer": "adam"},
+               strategy={"kind": "parameters", "aggregation": "flexlora"})
+    )  # fmt: skip
+    finish(built)
+    sizes = {r: costs.parameters_payload(built.model, rank=r)[0] for r in (1, 2, 3, 4)}
+    low = max(rank for rank, size in sizes.items() if size <= 17_000)
+    assert low < 4
+    for number, rank in ((1, 4), (2, low), (3, low)):
+        assert [paid(built, number, f"client-{k}") for k in (1, 2, 3)] == [
+            sizes[4], sizes[rank], sizes[4]
+        ]  # fmt: skip
 
 
 # P-14 ---------------------------------------------------------------------------------------------
@@ -282,6 +322,9 @@ def test_with_a_frozen_first_factor_the_mean_is_the_mean_of_products(tmp_path: P
         ({"tunables": {**UNEVEN, "ranks": [8]}}, "8 is more than rank = 4"),
         ({"tunables": {**UNEVEN, "ranks": ["x"]}}, "expected a list of ranks"),
         ({"tunables": {**UNEVEN, "freeze_a": True}}, "freeze_a: one first matrix for all"),
+        ({"tunables": {**UNEVEN, "budgets": {"client-1": {"2": 9}}}}, "budgets: .*rounds from 1"),
+        ({"tunables": {"rank": 4, "growth": {"start": 8}}}, "growth.start: 8 is more than rank"),
+        ({"tunables": {"rank": 4, "growth": {}, "schedule": {"1": 2}}}, "growth: schedule says"),
         ({"tunables": {**UNEVEN, "schedule": {"2": 2}}}, "schedule: expected rounds from 1"),
         ({"tunables": {"kind": "bitfit"}}, "both factors of LoRA.*'bitfit'"),
         ({"strategy": {"aggregation": "hetlora", "balance": {}}}, "has weights of its own"),
@@ -304,6 +347,13 @@ def test_with_a_frozen_first_factor_the_mean_is_the_mean_of_products(tmp_path: P
 def test_ranks_that_cannot_be_are_refused(sections: dict[str, Any], said: str) -> None:
     with pytest.raises(FedllmError, match=said):
         uneven(**sections)
+
+
+def test_a_budget_that_carries_nothing_is_refused() -> None:
+    with pytest.raises(FedllmError, match=r"tunables.budgets: 9 bytes; expected at least [0-9,]+"):
+        build(uneven(tunables={**UNEVEN, "budgets": [{"1": 10**6, "2": 9}]}))
+    with pytest.raises(FedllmError, match=r"tunables.budgets.klient-2: no such .*'client-2'"):
+        build(uneven(tunables={**UNEVEN, "budgets": {"klient-2": 10**6}}))
 
 
 @pytest.mark.parametrize("kind", ["logits", "activations", "standalone", "centralized"])

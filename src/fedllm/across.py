@@ -135,13 +135,14 @@ def lead(
 
 
 def agree_on_names(experiment: ex.Experiment, names: Sequence[str]) -> None:
-    """Raise FedllmError for a table (of models, ranks, cuts) that names others than these sites."""
+    """Raise FedllmError for a table (of models, ranks, budgets, cuts) that names other sites."""
     if isinstance(experiment.strategy, ex.Logits):
         experiment.strategy.models(names)
     elif isinstance(experiment.strategy, ex.Activations):
         experiment.strategy.cuts(names)
     if isinstance(experiment.tunables, ex.Lora):
         experiment.tunables.ranks_of(names)
+        experiment.tunables.budgets_of(names)
 
 
 def lead_over(

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -160,6 +160,11 @@ Head = Literal["shared", "personal", "frozen"]
 V = TypeVar("V")
 
 
+def since(table: Mapping[int, int], round: int) -> int:
+    """What holds in this round, of a table that says from which round on."""
+    return table[max(first for first in table if first <= round)]
+
+
 def whose(key: str, listed: Sequence[V] | Mapping[str, V], clients: Sequence[str]) -> dict[str, V]:
     """
     What each client has: of a list they take one in turn; a table says it by their names.
@@ -172,6 +177,28 @@ def whose(key: str, listed: Sequence[V] | Mapping[str, V], clients: Sequence[str
                 raise FedllmError(f"{key}.{name}: no such client; {nearest(name, clients)}")
         return dict(listed)
     return {name: listed[k % len(listed)] for k, name in enumerate(clients)} if listed else {}
+
+
+Budget = dict[int, Positive]
+"""Bytes from which round on; always with the first."""
+
+
+def _budgets(value: Any) -> Any:
+    """What ``budgets`` may be; the union's own errors would name its branches."""
+    listed = list(value.values() if isinstance(value, dict) else value) if isinstance(
+        value, list | tuple | dict
+    ) else [0]  # fmt: skip
+    found = [one if isinstance(one, dict) else {1: one} for one in listed]
+    for table in found:
+        fits = all(type(most) is int and most >= 1 for most in table.values())
+        if not fits or not all(str(n).isdecimal() for n in table) or 1 not in map(int, table):
+            raise ValueError(
+                f"{json.dumps(value, default=str)}: expected a list of bytes, or a table from "
+                "clients' names to them; each a number, or a table of rounds from 1 on, e.g. "
+                "{ 1 = 100_000, 4 = 20_000 }"
+            )
+    rounds = [{int(n): most for n, most in table.items()} for table in found]
+    return dict(zip(value, rounds, strict=True)) if isinstance(value, dict) else tuple(rounds)
 
 
 def _ranks(value: Any) -> Any:
@@ -187,21 +214,38 @@ def _ranks(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+class Growth(Section):
+    """
+    Ranks that grow on a plateau: from ``start`` by ``factor``, up to ``tunables.rank``, once the
+    clients' mean training loss was for ``patience`` rounds in a row not below the best one before
+    by a share ``gain`` of it.
+    """
+
+    start: Positive = 2
+    factor: Annotated[int, Field(ge=2)] = 2
+    patience: Positive = 2
+    gain: Fraction = 0.01
+
+
 class Lora(Section):
     """
     LoRA (arXiv 2106.09685) through PEFT; targets default to the model type's usual ones.
 
     ``rank`` is the largest there is. ``ranks`` are taken in turn by the clients, or a table says
     whose is which, as it must across machines; who has none there has the largest. ``schedule``
-    says from which round on nobody's is higher: ``{ 1 = 2, 4 = 8 }``. With ``freeze_a`` the first
-    matrix keeps its start, which follows from the seed, and only B is trained and sent (FFA-LoRA,
-    arXiv 2403.12313).
+    says from which round on nobody's is higher: ``{ 1 = 2, 4 = 8 }``; with ``growth`` the server
+    decides by the loss. ``budgets`` are what clients can pay for each way in a round, in bytes
+    before any codec, given as ``ranks`` are; each has the highest rank that its own allows.
+    With ``freeze_a`` the first matrix keeps its start, which follows from the seed, and only B is
+    trained and sent (FFA-LoRA, arXiv 2403.12313).
     """
 
     kind: Literal["lora"] = "lora"
     rank: Positive = 8
     ranks: Annotated[tuple[Positive, ...] | dict[str, Positive], BeforeValidator(_ranks)] = ()
+    budgets: Annotated[tuple[Budget, ...] | dict[str, Budget], BeforeValidator(_budgets)] = ()
     schedule: dict[int, Positive] = {}
+    growth: Growth | None = None
     freeze_a: bool = False
     alpha: Rate = 16.0
     dropout: Fraction = 0.0
@@ -213,49 +257,71 @@ class Lora(Section):
     @model_validator(mode="after")
     def _at_most(self) -> Self:
         listed = self.ranks.values() if isinstance(self.ranks, dict) else self.ranks
-        for key, ranks in (("ranks", listed), ("schedule", self.schedule.values())):
+        start = () if self.growth is None else (self.growth.start,)
+        named = (("ranks", listed), ("schedule", self.schedule.values()), ("growth.start", start))
+        for key, ranks in named:
             if ranks and max(ranks) > self.rank:
                 raise ValueError(
                     f"{key}: {max(ranks)} is more than rank = {self.rank}, which is the largest"
                 )
-            if ranks and self.freeze_a:
-                raise ValueError(
-                    f"freeze_a: one first matrix for all; expected one rank, without {key}"
-                )
+        if self.freeze_a and self.varies:
+            raise ValueError(
+                f"freeze_a: one first matrix for all; expected one rank, without {self.varies}"
+            )
+        if self.schedule and self.growth is not None:
+            raise ValueError("growth: schedule says already when ranks change; leave one out")
         if self.schedule and min(self.schedule) != 1:
             raise ValueError("schedule: expected rounds from 1 on, 1 among them, e.g. { 1 = 2 }")
         return self
 
     def even(self, rank: int | None = None) -> Lora:
         """The same with one rank for all and always; none given: the largest."""
-        return self.model_copy(update={"rank": rank or self.rank, "ranks": (), "schedule": {}})
+        return self.model_copy(update={
+            "rank": rank or self.rank, "ranks": (), "budgets": (), "schedule": {}, "growth": None,
+        })  # fmt: skip
 
     @property
-    def changing(self) -> bool:
-        """Whether anybody's rank is another than ``rank``, or was."""
-        return bool(self.ranks or self.schedule)
+    def varies(self) -> str:
+        """The first key by which anybody's rank is, or was, another than ``rank``; or empty."""
+        return next((k for k in ("ranks", "budgets", "schedule", "growth") if getattr(self, k)), "")
 
     @property
     def uneven(self) -> bool:
         """Whether clients may have different ranks in one round."""
         listed = self.ranks.values() if isinstance(self.ranks, dict) else self.ranks
-        return any(rank != self.rank for rank in listed)
+        return bool(self.budgets) or any(rank != self.rank for rank in listed)
 
     def ranks_of(self, clients: Sequence[str]) -> dict[str, int]:
         """The ranks of those of these clients who have their own (``whose``)."""
         return whose("tunables.ranks", self.ranks, clients)
 
-    def most(self, round: int) -> int:
-        """The highest rank that anybody has in this round."""
-        begun = [first for first in self.schedule if first <= round]
-        return self.schedule[max(begun)] if begun else self.rank
+    def budgets_of(self, clients: Sequence[str]) -> dict[str, Budget]:
+        """The budgets of those of these clients who have one (``whose``)."""
+        return whose("tunables.budgets", self.budgets, clients)
 
-    def shares(self, clients: Sequence[str], rounds: int) -> dict[str, dict[int, float]]:
-        """Which ranks each of these clients has, and in what share of the rounds."""
-        own, most = self.ranks_of(clients), [self.most(n) for n in range(1, rounds + 1)]
-        found = {}
+    def most(self, round: int) -> int:
+        """The highest rank that anybody may have in this round."""
+        if not self.schedule and self.growth is None:
+            return self.rank
+        if self.growth is not None:  # as early as losses can tell
+            times = max(round - 2, 0) // self.growth.patience
+            return min(self.growth.start * self.growth.factor**times, self.rank)
+        return since(self.schedule, round)
+
+    def shares(
+        self, clients: Sequence[str], rounds: int, within: Callable[[int], int]
+    ) -> dict[str, dict[int, float]]:
+        """
+        Which ranks each of these clients may have, and in what share of the rounds.
+
+        within: the highest rank that so many bytes allow.
+        """
+        own, budgets, found = self.ranks_of(clients), self.budgets_of(clients), {}
         for client in clients:
-            ranks = [min(own.get(client, self.rank), now) for now in most]
+            ranks = [min(own.get(client, self.rank), self.most(n)) for n in range(1, rounds + 1)]
+            if client in budgets:
+                ranks = [min(rank, within(since(budgets[client], n)))
+                         for n, rank in enumerate(ranks, 1)]  # fmt: skip
             found[client] = {rank: ranks.count(rank) / rounds for rank in sorted(set(ranks))}
         return found
 
@@ -1154,10 +1220,10 @@ class Experiment(Section):
                 f"{key}: c has to hear of every change of c_k, and a reply that is lost or late "
                 "would not be made up for; leave exchange.minimum_replies out"
             )
-        if isinstance(self.tunables, Lora) and self.tunables.changing:
-            mine = "ranks" if self.tunables.ranks else "schedule"
+        if isinstance(self.tunables, Lora) and self.tunables.varies:
             raise ValueError(
-                f"{key}: control variates are of one rank; leave tunables.{mine} out, or expected "
+                f"{key}: control variates are of one rank; leave tunables.{self.tunables.varies} "
+                "out, or expected "
                 "client.kind = 'prox'"
             )
         if spec.prune is not None:
@@ -1198,9 +1264,8 @@ class Experiment(Section):
         """What LoRA of several ranks asks of the strategy, and rules that mean nothing without."""
         spec, tunables = self.strategy, self.tunables
         lora = tunables if isinstance(tunables, Lora) else None
-        changing = lora is not None and lora.changing
-        key = "ranks" if lora is not None and lora.ranks else "schedule"
-        if changing and not isinstance(spec, Parameters):
+        key = "" if lora is None else lora.varies
+        if key and not isinstance(spec, Parameters):
             raise ValueError(
                 f"tunables.{key}: only with strategy.kind = 'parameters' (here {spec.kind!r})"
             )
@@ -1216,7 +1281,7 @@ class Experiment(Section):
             )
         if lora is not None and lora.uneven and rule not in takes:
             raise ValueError(
-                f"strategy.aggregation = {rule!r}: clients have different ranks (tunables.ranks); "
+                f"strategy.aggregation = {rule!r}: clients have different ranks (tunables.{key}); "
                 f"expected {', '.join(map(repr, takes))}"
             )
         if rule == "flexlora" and self.training.optimizer_state == "keep":
@@ -1225,7 +1290,7 @@ class Experiment(Section):
                 "every round, in which what optimizers remember means nothing; expected 'reset', "
                 "or another aggregation"
             )
-        if changing and spec.mentor is not None:
+        if key and spec.mentor is not None:
             raise ValueError(f"strategy.mentor: with one rank only so far, without tunables.{key}")
 
     def _hidden(self, where: str, spec: Logits) -> None:

@@ -272,7 +272,8 @@ def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Li
         seed, experiment.rounds, experiment.training, experiment.evaluation, experiment.public,
         prepared.longest, _interpreters(experiment, model, prepared, others, listener),
         experiment.task, _width(spec, model, others, list(prepared.clients)),
-        _ranks(experiment, prepared), _cuts(spec, prepared), _cutter(experiment, prepared),
+        _ranks(experiment, prepared), _budgets(experiment, prepared), _cuts(spec, prepared),
+        _cutter(experiment, prepared),
     )  # fmt: skip
     if experiment.model.cache and not experiment.training.base_dropout:
         uses = _uses(experiment, prepared, model, others)
@@ -472,6 +473,12 @@ def _ranks(experiment: ex.Experiment, prepared: Prepared) -> dict[str, int]:
     """The ranks of clients who have their own, by name."""
     spec = experiment.tunables
     return _known(spec.ranks, spec.ranks_of, prepared) if isinstance(spec, ex.Lora) else {}
+
+
+def _budgets(experiment: ex.Experiment, prepared: Prepared) -> dict[str, ex.Budget]:
+    """The budgets of clients who have one, by name."""
+    spec = experiment.tunables
+    return _known(spec.budgets, spec.budgets_of, prepared) if isinstance(spec, ex.Lora) else {}
 
 
 def _width(

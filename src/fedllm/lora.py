@@ -35,6 +35,13 @@ def rank_of(tunables: Mapping[str, Tensor]) -> int:
     return 0
 
 
+def sizes(tunables: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Numbers beside LoRA, and those of one component of all its modules."""
+    parts = {n: t.numel() for n, t in tunables.items() if A in n or B in n}
+    beside = sum(t.numel() for n, t in tunables.items() if n not in parts)
+    return beside, sum(parts.values()) // max(rank_of(tunables), 1)
+
+
 def shape_at(name: str, shape: Sequence[int], rank: int) -> tuple[int, ...]:
     """The shape that a tunable of this shape has at another rank."""
     if A in name:

@@ -245,7 +245,7 @@ def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) ->
     # what its tunables are held to, or shifted by
     pulled = 0.0 if spec.client.kind == "plain" else 1.0
     bills = []
-    for crowd, ranks in _ranked(est.experiment, data):
+    for crowd, ranks in _ranked(est, data):
         frames, flops, memory = _Frames(est, "parameters", crowd), 0.0, 0
         every: dict[str, dict[str, tuple[int, ...]]] = {role: {} for role in whole}
         paid = dict.fromkeys(whole, 0.0)
@@ -277,16 +277,14 @@ def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) ->
     return found
 
 
-def _ranked(
-    experiment: ex.Experiment, data: Sizes
-) -> Iterator[tuple[Crowd, dict[int | None, float]]]:
+def _ranked(est: Estimator, data: Sizes) -> Iterator[tuple[Crowd, dict[int | None, float]]]:
     """Clients of the same ranks, and the share of the rounds at each; None: the tunables' own."""
-    spec = experiment.tunables
-    if not isinstance(spec, ex.Lora) or not spec.changing:
+    spec = est.experiment.tunables
+    if not isinstance(spec, ex.Lora) or not spec.varies:
         for crowd in data.crowds:
             yield crowd, {None: 1.0}
         return
-    shares, first = spec.shares(data.names, experiment.rounds), 0
+    shares, first = spec.shares(data.names, est.experiment.rounds, est.model.within), 0
     for crowd in data.crowds:
         mine = [tuple(shares[n].items()) for n in data.names[first : first + crowd.count]]
         first += crowd.count

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError
+from fedllm.lora import rank_of, sizes
 from fedllm.models.attention import NAME as BLOCKS
 from fedllm.models.core import Core, Part, Piece
 from fedllm.models.families import FAMILIES, Family
@@ -25,6 +26,7 @@ from fedllm.models.slots import Slots, give_slots
 from fedllm.models.tunables import head_names, install
 from fedllm.streams import torch_stream
 
+FLOAT = 4
 BUILTIN = Path(__file__).parent / "builtin"
 
 
@@ -221,6 +223,22 @@ class LanguageModel:
         """Names of the tunables that lie in this part, sorted."""
         inside = {name for name, _ in core.named_parameters()}
         return sorted(inside & set(self.initial))
+
+    def within(self, budget: int) -> int:
+        """
+        The highest rank of LoRA, up to its own, at which what travels takes so many bytes at most.
+
+        Raises FedllmError where not even rank 1 does.
+        """
+        stays = self.head if self.spec.head == "personal" else frozenset[str]()
+        fixed, each = sizes({n: t for n, t in self.initial.items() if n not in stays})
+        rank = (budget // FLOAT - fixed) // each
+        if rank < 1:
+            raise FedllmError(
+                f"tunables.budgets: {budget:,} bytes; expected at least "
+                f"{(fixed + each) * FLOAT:,}, which is what rank 1 takes each way"
+            )
+        return min(rank, rank_of(self.initial))
 
     @property
     def draws(self) -> bool:

@@ -143,6 +143,8 @@ def _notes(experiment: ex.Experiment, estimator: Estimator) -> Iterator[str]:
         )
     if isinstance(experiment.strategy, ex.Parameters) and experiment.strategy.prune is not None:
         yield "strategy.prune: bytes and FLOPs are those of the ranks at the start"
+    if isinstance(experiment.tunables, ex.Lora) and experiment.tunables.growth is not None:
+        yield "tunables.growth: bytes and FLOPs are those of growing as early as it can"
     if experiment.model.precision == "bf16":
         yield "memory is that of float32; bf16 keeps less between forward and backward"
     if model.family is None:

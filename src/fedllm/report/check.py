@@ -77,7 +77,7 @@ def look(experiment: ex.Experiment) -> dict[str, Any]:
         or "logits" not in experiment.compare.strategies
     ) else [compare.Part(experiment.strategy.kind, experiment.strategy)]  # fmt: skip
     spec = experiment.tunables
-    changing = isinstance(spec, ex.Lora) and spec.changing
+    changing = isinstance(spec, ex.Lora) and bool(spec.varies)
     if changing:  # other strategies have one rank
         listed = []
     if all(part.strategy != experiment.strategy for part in listed):
@@ -143,7 +143,7 @@ def _mean_payload(
     tunables = experiment.tunables
     if not isinstance(tunables, ex.Lora):
         return costs.parameters_payload(model, spec)[0]
-    shares = tunables.shares(names, experiment.rounds).values()
+    shares = tunables.shares(names, experiment.rounds, model.within).values()
     paid = (part * costs.parameters_payload(model, spec, rank)[0]
             for ranks in shares for rank, part in ranks.items())  # fmt: skip
     return sum(paid) / len(names)

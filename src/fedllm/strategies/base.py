@@ -61,6 +61,9 @@ class Setup:
     task: ex.Task = field(default_factory=ex.Task)
     width: int = 0  # of the clients' hidden states, where these are what they say
     ranks: Mapping[str, int] = field(default_factory=dict)  # of clients who have their own
+    budgets: Mapping[str, ex.Budget] = field(
+        default_factory=dict
+    )  # in bytes, of those who have one
     cuts: Mapping[str, int] = field(default_factory=dict)  # of clients who have their own
     cutter: Cutter | None = None  # where cuts are chosen as it goes
 

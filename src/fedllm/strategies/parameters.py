@@ -65,9 +65,9 @@ class Parameters:
         self, state: ServerState, cohort: Sequence[str], ask: Exchange, rng: np.random.Generator
     ) -> ServerState:
         """One round."""
-        shared = self.ranks.due(state.shared, ask.round)
+        shared = self.ranks.due(state, ask.round)
         optimizer = kept_at(state.optimizer, state.shared, shared)
-        ranks = {client: self.ranks.of(state, client, shared) for client in cohort}
+        ranks = {client: self.ranks.of(state, client, shared, ask.round) for client in cohort}
         given = {rank: resized(shared, rank) for rank in set(ranks.values())}
         down = given if self.options.payload != "change" else {
             rank: _less(values, resized(self.model.initial, rank))
@@ -110,7 +110,10 @@ class Parameters:
             if c:
                 changes = [replies[client].tensors for client in sorted(replies)]
                 optimizer = {**optimizer, **corrections.folded(c, changes, len(ask.clients()))}
-        facts: dict[str, int | float | str] = {"loss": mean_loss(replies)}
+        loss = mean_loss(replies)
+        facts: dict[str, int | float | str] = {
+            "loss": loss, **self.ranks.noted(state, shared, loss)
+        }  # fmt: skip
         if pairs(shared):  # of the rule, whatever the server makes of it
             facts[PRODUCT_GAP] = product_gap(values, weights, combined)
         kept = self.ranks.told(state, values, ranks)

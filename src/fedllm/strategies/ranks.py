@@ -6,6 +6,7 @@ What the server has is of the highest rank of the round; a client gets its first
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from fedllm.models.loading import LanguageModel
 from fedllm.strategies.base import Group, ServerState, Setup
 from fedllm.streams import stream
 
+BEST, STALE = "best", "stale"  # facts: the least loss, and rounds since it was found
 RANK = "rank"  # in what the server keeps of a client: the one that it went down to
 
 
@@ -31,27 +33,48 @@ class Ranks:
         self.pruning = options.prune
         self.setup = setup
         self.spec = model.spec if isinstance(model.spec, ex.Lora) else None
+        self.budgets = {
+            client: {n: model.within(most) for n, most in budget.items()}
+            for client, budget in setup.budgets.items()
+        }
 
     @property
     def first(self) -> int:
         """The highest rank of the first round; 0 where there is no LoRA."""
         return 0 if self.spec is None else self.spec.most(1)
 
-    def due(self, shared: Group, round: int) -> Group:
+    def due(self, state: ServerState, round: int) -> Group:
         """What the server has, at the rank of this round (P-10)."""
-        own = rank_of(shared)
+        shared, own = state.shared, rank_of(state.shared)
         rank = own if self.spec is None else self.spec.most(round)
+        if self.spec is not None and (growth := self.spec.growth):
+            plateau = int(state.facts.get(STALE, 0)) >= growth.patience
+            rank = min(own * growth.factor, self.spec.rank) if plateau else own
         if rank < own:
             return shrink(shared, rank)
         return grow(shared, rank, stream(self.setup.seed, "rank", round)) if rank > own else shared
 
-    def of(self, state: ServerState, client: str, shared: Group) -> int:
+    def noted(self, state: ServerState, shared: Group, loss: float) -> dict[str, float]:
+        """What tells a plateau, after a round that began with these and ended with this loss."""
+        growth = None if self.spec is None else self.spec.growth
+        if growth is None:
+            return {}
+        best = float(state.facts.get(BEST, math.inf))
+        if loss < best * (1 - growth.gain):
+            return {BEST: loss, STALE: 0}
+        before = state.facts.get(STALE, 0) if rank_of(shared) == rank_of(state.shared) else 0
+        return {BEST: best, STALE: int(before) + 1}
+
+    def of(self, state: ServerState, client: str, shared: Group, round: int) -> int:
         """A client's rank, where the server has these."""
-        most = rank_of(shared)
-        pruned = state.clients.get(client, {}).get(RANK)
-        return min(
-            most, self.setup.ranks.get(client, most), most if pruned is None else int(pruned)
-        )
+        found = [rank_of(shared)]
+        if client in self.setup.ranks:
+            found.append(self.setup.ranks[client])
+        if client in self.budgets:
+            found.append(ex.since(self.budgets[client], round))
+        if RANK in state.clients.get(client, {}):
+            found.append(int(state.clients[client][RANK]))
+        return min(found)
 
     def want(self, given: Group) -> Want:
         """What a client that was given these may answer: the same shapes, or those of fewer."""

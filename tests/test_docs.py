@@ -181,7 +181,7 @@ def test_table_of_tunables(kind: str, tmp_path: Path) -> None:
 
     (tmp_path / "config.json").write_text(json.dumps({**SHAPES[kind], "vocab_size": 10}))
     pairs = support()
-    assert len(pairs) == 12
+    assert len(pairs) == 14
     for whole, cut in pairs:
         spec = ex.parse(
             {

@@ -255,6 +255,7 @@ MERGED = [
     for head in ("shared", "frozen")
     if (kind, case.id) != ("bitfit", "llama") and (head == "shared" or case.id == "gpt2")
 ]
+MERGED.append(pytest.param(GPT2, "sparse", "shared", id="gpt2-sparse-shared"))
 
 
 @pytest.mark.parametrize(("name", "kind", "head"), MERGED)

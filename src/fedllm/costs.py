@@ -87,8 +87,10 @@ def parameters_roles(
     """
     Bytes each way, by role: the tunables, and as many control variates under SCAFFOLD.
 
-    rank: of LoRA, if another.
+    rank: of LoRA, if another; 0: what is trained before there is any.
     """
+    if rank == 0 and model.before is not None:
+        model, rank = model.before, None
     size = tunable_bytes(model, travelling(model), rank)
     scaffold = spec is not None and isinstance(spec.client, ex.Scaffold)
     return {"parameter": size} | ({"gradient": size} if scaffold else {})
@@ -307,7 +309,7 @@ def bound_steps(client: ClientSize, training: ex.Training, rounds: int) -> int:
 
 def disk(model: LanguageModel, spec: ex.Strategy, clients: int) -> int:
     """Bytes of a run folder, roughly: two checkpoints of all states, the adapter, the ledger."""
-    own = tunable_bytes(model)
+    own = max(tunable_bytes(one) for one in (model, model.before) if one is not None)
     common = 1
     if isinstance(spec, ex.Parameters):
         common += {"average": 0, "momentum": 1}.get(spec.server.kind, 2)
@@ -364,7 +366,7 @@ class Blueprint:
     @cached_property
     def trained(self) -> frozenset[int]:
         """Numbers of the blocks that tunables are put into."""
-        if isinstance(self.tunables, ex.Lora | ex.Adapter):
+        if isinstance(self.tunables, ex.Lora | ex.Adapter | ex.Sparse):
             return frozenset(blocks_of(self.tunables, SimpleNamespace(config=self._config)))
         return frozenset(range(self.whole.blocks))
 

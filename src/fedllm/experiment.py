@@ -227,6 +227,16 @@ class Growth(Section):
     gain: Fraction = 0.01
 
 
+class SparseStart(Section):
+    """
+    SLoRA (arXiv 2308.06522): the first ``rounds`` train single weights, as ``kind = "sparse"`` with
+    this ``density`` does; LoRA then starts from the best approximation of what they changed.
+    """
+
+    rounds: Positive = 5
+    density: Annotated[float, Field(gt=0, le=1)] = 0.01
+
+
 class Lora(Section):
     """
     LoRA (arXiv 2106.09685) through PEFT; targets default to the model type's usual ones.
@@ -238,6 +248,7 @@ class Lora(Section):
     before any codec, given as ``ranks`` are; each has the highest rank that its own allows.
     With ``freeze_a`` the first matrix keeps its start, which follows from the seed, and only B is
     trained and sent (FFA-LoRA, arXiv 2403.12313).
+    ``sparse`` has rounds before the first of LoRA.
     """
 
     kind: Literal["lora"] = "lora"
@@ -246,6 +257,7 @@ class Lora(Section):
     budgets: Annotated[tuple[Budget, ...] | dict[str, Budget], BeforeValidator(_budgets)] = ()
     schedule: dict[int, Positive] = {}
     growth: Growth | None = None
+    sparse: SparseStart | None = None
     freeze_a: bool = False
     alpha: Rate = 16.0
     dropout: Fraction = 0.0
@@ -270,6 +282,8 @@ class Lora(Section):
             )
         if self.schedule and self.growth is not None:
             raise ValueError("growth: schedule says already when ranks change; leave one out")
+        if self.sparse is not None and self.varies != "sparse":
+            raise ValueError(f"sparse: with one rank only, without {self.varies}")
         if self.schedule and min(self.schedule) != 1:
             raise ValueError("schedule: expected rounds from 1 on, 1 among them, e.g. { 1 = 2 }")
         return self
@@ -278,12 +292,25 @@ class Lora(Section):
         """The same with one rank for all and always; none given: the largest."""
         return self.model_copy(update={
             "rank": rank or self.rank, "ranks": (), "budgets": (), "schedule": {}, "growth": None,
+            "sparse": None,
         })  # fmt: skip
 
     @property
     def varies(self) -> str:
         """The first key by which anybody's rank is, or was, another than ``rank``; or empty."""
-        return next((k for k in ("ranks", "budgets", "schedule", "growth") if getattr(self, k)), "")
+        return "ranks" if self.ranks else self.changes
+
+    @property
+    def changes(self) -> str:
+        """The first key by which a client's rank may change from round to round; or empty."""
+        keys = ("budgets", "schedule", "growth", "sparse")
+        return next((key for key in keys if getattr(self, key)), "")
+
+    @property
+    def first(self) -> Sparse:
+        """What is trained before there is any LoRA."""
+        density = SparseStart().density if self.sparse is None else self.sparse.density
+        return Sparse(density=density, targets=self.targets, layers=self.layers, head=self.head)
 
     @property
     def uneven(self) -> bool:
@@ -300,7 +327,9 @@ class Lora(Section):
         return whose("tunables.budgets", self.budgets, clients)
 
     def most(self, round: int) -> int:
-        """The highest rank that anybody may have in this round."""
+        """The highest rank that anybody may have in this round; 0 before there is any LoRA."""
+        if self.sparse is not None:
+            return self.rank if round > self.sparse.rounds else 0
         if not self.schedule and self.growth is None:
             return self.rank
         if self.growth is not None:  # as early as losses can tell
@@ -362,6 +391,19 @@ class Prefix(Section):
     head: Head = "shared"
 
 
+class Sparse(Section):
+    """
+    Some weights of the targets are trained: those of a random mask, of which every side draws the
+    same from the run's seed. Only their changes travel.
+    """
+
+    kind: Literal["sparse"] = "sparse"
+    density: Annotated[float, Field(gt=0, le=1)] = 0.01
+    targets: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    head: Head = "shared"
+
+
 class Full(Section):
     """Every weight of the model is trained."""
 
@@ -369,7 +411,9 @@ class Full(Section):
     head: Head = "shared"
 
 
-Tunables = Annotated[Lora | Adapter | BitFit | Prompt | Prefix | Full, Field(discriminator="kind")]
+Tunables = Annotated[
+    Lora | Adapter | BitFit | Prompt | Prefix | Sparse | Full, Field(discriminator="kind")
+]
 
 
 class Training(Section):
@@ -1057,8 +1101,8 @@ class Experiment(Section):
                 "was left out of the last one means nothing; expected another aggregation, or the "
                 f"codec without '+{FEEDBACK}'"
             )
-        schedule = isinstance(self.tunables, Lora) and self.tunables.schedule
-        for key, changes in (("tunables.schedule", schedule), ("strategy.prune", spec.prune)):
+        changing = self.tunables.changes if isinstance(self.tunables, Lora) else ""
+        for key, changes in ((f"tunables.{changing}", changing), ("strategy.prune", spec.prune)):
             if changes:
                 raise ValueError(
                     f"{where}: what was left out is of one rank; leave {key} out, or expected the "
@@ -1290,8 +1334,23 @@ class Experiment(Section):
                 "every round, in which what optimizers remember means nothing; expected 'reset', "
                 "or another aggregation"
             )
+        if lora is not None and lora.sparse is not None:
+            self._begun_sparse(lora.sparse, rule)
         if key and spec.mentor is not None:
             raise ValueError(f"strategy.mentor: with one rank only so far, without tunables.{key}")
+
+    def _begun_sparse(self, sparse: SparseStart, rule: str) -> None:
+        """What SLoRA's two stages ask of the run."""
+        if self.rounds <= sparse.rounds:
+            raise ValueError(
+                f"tunables.sparse.rounds = {sparse.rounds}: LoRA follows; expected rounds = "
+                f"{sparse.rounds + 1} or more (here {self.rounds})"
+            )
+        if rule not in ("mean", "uniform"):
+            raise ValueError(
+                f"strategy.aggregation = {rule!r}: is about both factors of LoRA, which "
+                "tunables.sparse begins without; expected 'mean' or 'uniform'"
+            )
 
     def _hidden(self, where: str, spec: Logits) -> None:
         """What cannot be done with hidden states, which are no distributions."""
@@ -1342,9 +1401,9 @@ class Allow(Section):
     """What a site lets happen to it; what is not allowed is refused before anything is trained."""
 
     strategies: tuple[StrategyName, ...] = get_args(StrategyName)
-    tunables: tuple[Literal["lora", "adapter", "bitfit", "prompt", "prefix", "full"], ...] = (
-        "lora", "adapter", "bitfit", "prompt", "prefix", "full",
-    )  # fmt: skip
+    tunables: tuple[
+        Literal["lora", "adapter", "bitfit", "prompt", "prefix", "sparse", "full"], ...
+    ] = ("lora", "adapter", "bitfit", "prompt", "prefix", "sparse", "full")
     largest_rank: Positive | None = None
     labels: bool = True
     logits: bool = True
@@ -1354,8 +1413,12 @@ class Allow(Section):
         spec, tunables = experiment.strategy, experiment.tunables
         if spec.kind not in self.strategies:
             return f"strategy.kind = {spec.kind!r} is not allowed here (allow.strategies)"
-        if tunables.kind not in self.tunables:
-            return f"tunables.kind = {tunables.kind!r} is not allowed here (allow.tunables)"
+        kinds: list[str] = [tunables.kind]
+        if isinstance(tunables, Lora) and tunables.sparse is not None:
+            kinds.append("sparse")
+        for kind in kinds:
+            if kind not in self.tunables:
+                return f"tunables.kind = {kind!r} is not allowed here (allow.tunables)"
         most = self.largest_rank
         if isinstance(tunables, Lora) and most is not None and tunables.rank > most:
             return f"tunables.rank = {tunables.rank}: at most {most} here (allow.largest_rank)"

@@ -129,6 +129,18 @@ def best(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (v[kept] @ q.T).float().contiguous(), b.float().contiguous()
 
 
+def filled(a: Tensor, b: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    (A, B) at the rank of ``spare``, with its last rows and zero columns where they have fewer.
+
+    So that the components that a product lacks can learn, but add nothing.
+    """
+    missing = len(spare) - len(a)
+    if not missing:
+        return a, b
+    return torch.cat([a, spare[-missing:]]), torch.cat([b, b.new_zeros(len(b), missing)], 1)
+
+
 def excess(tunables: Mapping[str, Tensor], kept: int) -> Tensor:
     """
     |B[:, kept:]| |A[kept:, :]|, summed over the modules, differentiable (HETLORA's regularizer).

@@ -32,7 +32,7 @@ test = "test.csv"
 
 [allow]                       # what is commented out is allowed
 # strategies = ["parameters", "logits", "activations"]
-# tunables = ["lora", "adapter", "bitfit", "prompt", "prefix", "full"]
+# tunables = ["lora", "adapter", "bitfit", "prompt", "prefix", "sparse", "full"]
 # largest_rank = 16
 # labels = false              # labels stay here: activations then need strategy.labels = "client"
 # logits = false

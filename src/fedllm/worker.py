@@ -190,6 +190,7 @@ class Worker:
         tunables: dict[str, Tensor] = dict(message.tensors)
         if own or not self.strategy.evaluates_clients:
             tunables = {**self.strategy.own(site), **tunables}
+        model = model.stage(tunables)
         settings = site.setup.evaluation
         task, size = site.setup.task, settings.batch_size
         if task.kind == "preference":
@@ -250,7 +251,8 @@ def _only_tunables(site: Site, message: Message, beside: str) -> None:
     The base is frozen, and a site allowed these tunables and no others. Tasks that take parameters
     take nothing else, whatever the sender calls it, but what an optimizer remembers of tunables.
     """
-    models = [model for model in (site.model, site.server_model) if model is not None]
+    every = (site.model, site.model.before, site.server_model)
+    models = [model for model in every if model is not None]
     takes = message.task in TAKES
     for name, tensor in message.tensors.items():
         if not takes and message.roles[name] is not Role.PARAMETER:

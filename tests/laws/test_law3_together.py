@@ -27,11 +27,12 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "prompt", "tokens": 3},
     {"kind": "prefix", "tokens": 3},
 ]
+SPARSE: dict[str, Any] = {"kind": "sparse", "density": 0.05}
 FITTING = [
     pytest.param(name, kind, id=f"{name.rpartition('/')[2]}-{kind['kind']}",
                  marks=[] if name == GPT2 else [needs_shared])
     for name in (GPT2, LLAMA, BERT)
-    for kind in KINDS
+    for kind in [*KINDS, *([SPARSE] if name == GPT2 else [])]
     if (name, kind["kind"]) not in ((BERT, "prefix"), (LLAMA, "bitfit"), (BERT, "prompt"))
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.mean import Updates, check, mean
-from fedllm.lora import A, B, best, pairs, rank_of, resized
+from fedllm.lora import A, B, best, filled, pairs, rank_of, resized
 
 UnequalRule = Callable[[Updates, Mapping[str, float], Mapping[str, Tensor]], dict[str, Tensor]]
 """(updates, weights, what the server had before, whose rank is that of the result) -> result."""
@@ -100,11 +100,8 @@ def flexlora(
     check(_filled(updates, before))
     rank, found = rank_of(before), {}
     for a, b in pairs(before):
-        found[a], found[b] = best(*mean_product(updates, weights, a, b), rank)
-        missing = rank - len(found[a])
-        if missing:  # so that they can learn, but add nothing
-            found[a] = torch.cat([found[a], before[a][-missing:]])
-            found[b] = torch.cat([found[b], torch.zeros_like(before[b][:, -missing:])], 1)
+        factors = best(*mean_product(updates, weights, a, b), rank)
+        found[a], found[b] = filled(*factors, before[a])
     return {**_others(updates, weights), **found}
 
 

@@ -57,12 +57,12 @@ class Estimator:
         self._lives: dict[tuple[object, ...], tuple[int, int, int]] = {}
 
     def at(self, rank: int | None) -> Estimator:
-        """The same with LoRA of this rank; None: as it is."""
+        """The same with LoRA of this rank; 0: before there is any; None: as it is."""
         spec = self.experiment.tunables
         if rank is None or not isinstance(spec, ex.Lora) or rank == spec.rank:
             return self
         if rank not in self._others:
-            experiment = self.experiment.replace(tunables=spec.even(rank))
+            experiment = self.experiment.replace(tunables=spec.even(rank) if rank else spec.first)
             self._others[rank] = Estimator(experiment, self.labels)
         found = self._others[rank]
         found.few = self.few

@@ -242,6 +242,7 @@ def _fitting(est: Estimator, crowd: Crowd, data: Sizes) -> tuple[float, int, int
 
 def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) -> Line:
     whole = costs.parameters_roles(est.model, spec)
+    largest = sum(whole.values())
     # what its tunables are held to, or shifted by
     pulled = 0.0 if spec.client.kind == "plain" else 1.0
     bills = []
@@ -250,8 +251,9 @@ def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) ->
         every: dict[str, dict[str, tuple[int, ...]]] = {role: {} for role in whole}
         paid = dict.fromkeys(whole, 0.0)
         for rank, share in ranks.items():
-            travels = costs.parameters_roles(est.model, spec, rank)
-            mine = costs.shapes(est.model, costs.travelling(est.model), rank)
+            now = est.at(rank)
+            travels = costs.parameters_roles(now.model, spec)
+            mine = costs.shapes(now.model, costs.travelling(now.model))
             role, sent = dict.fromkeys(mine, "parameter"), dict(mine)
             if "gradient" in travels:
                 role |= {f"{name}{SLOT}": "gradient" for name in mine}
@@ -261,15 +263,16 @@ def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) ->
             frames.add("down", "a1", "train", role, share, sent)
             frames.add("up", "a3", "", role, share, sent,
                        weight=float(len(crowd.train.lengths)), loss=LOSS)  # fmt: skip
-            more, most, _, _ = _fitting(est.at(rank), crowd, data)
+            more, most, _, _ = _fitting(now, crowd, data)
             flops += share * more
             memory = max(memory, most + round(pulled * travels["parameter"]))
+            largest = max(largest, sum(travels.values()))
             for one, size in travels.items():
                 paid[one] += share * size
         roles = {one: round(size) for one, size in paid.items()}
         bills.append(Bill(crowd, roles, roles, every, frames, flops, memory))
     present = est.experiment.exchange.clients_per_round or data.clients
-    held = (present + 1) * sum(whole.values())
+    held = (present + 1) * largest
     held += {"average": 0, "momentum": 1}.get(spec.server.kind, 2) * whole["parameter"]
     found = _total(est, data, bills, "parameters", named, 0.0, held)
     if spec.mentor is not None:
@@ -507,11 +510,11 @@ def _split_frames(
     frames.add("down", "c4", "backward", role, number, given)
     frames.add("up", "c5", times=number)
     again = number * max(spec.inside - 1, 0)
-    for step, task, role, name in (
+    for step, task, kind, name in (
         ("c1", "forward", "activation", "hidden"), ("c4", "backward", "gradient", "gradient"),
     ):  # fmt: skip
-        frames.add("down", step, task, role, again, {name: hidden})
-        frames.add("up", "c2" if step == "c1" else "c5", "", role, again, {name: hidden})
+        frames.add("down", step, task, kind, again, {name: hidden})
+        frames.add("up", "c2" if step == "c1" else "c5", "", kind, again, {name: hidden})
     frames.add("down", "cc1", "collect", times=uploads, **told)
     frames.add("up", "cc1", "", "parameter", uploads, sent)
     frames.add("down", "cc3", "replace", "parameter", averages, sent)

@@ -14,7 +14,7 @@ from fedllm import experiment as ex
 from fedllm.errors import FedllmError
 from fedllm.lora import A, rank_of, shape_fits
 from fedllm.models.loading import LanguageModel, load_tokenizer, source_of
-from fedllm.models.slots import LoraLinear
+from fedllm.models.slots import LoraLinear, Masked
 from fedllm.models.tunables import lora_config, virtual_config
 
 WEIGHTS = "adapter_model.safetensors"
@@ -38,7 +38,8 @@ def save_adapter(
     Write the tunables so that others can use them.
 
     LoRA, prompt and prefix load with ``PeftModel.from_pretrained(base, folder)``; adapters,
-    BitFit and full are tensors by name beside ``tunables.json``. ``labels.json`` lists classes.
+    BitFit, sparse and full are tensors by name beside ``tunables.json``. ``labels.json`` lists
+    classes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = dict(model.whole.named_parameters())
@@ -119,7 +120,7 @@ def merge(
         own[name].data.copy_(tensor)
     whole = model.model
     for name, layer in list(whole.named_modules()):
-        if isinstance(layer, LoraLinear):
+        if isinstance(layer, LoraLinear | Masked):
             whole.set_submodule(name, layer.merged())
     if labels:
         whole.config.id2label = dict(enumerate(labels))

@@ -6,8 +6,9 @@ import hashlib
 import importlib.util
 import logging
 import threading
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from fedllm import experiment as ex
 from fedllm.errors import FedllmError
 from fedllm.lora import rank_of, sizes
 from fedllm.models.attention import NAME as BLOCKS
-from fedllm.models.core import Core, Part, Piece
+from fedllm.models.core import Core, Part, Piece, graft
 from fedllm.models.families import FAMILIES, Family
 from fedllm.models.frozen import Frozen
-from fedllm.models.slots import Slots, give_slots
-from fedllm.models.tunables import head_names, install
+from fedllm.models.slots import SPARSE, Slots, give_slots
+from fedllm.models.tunables import head_names, install, masks
 from fedllm.streams import torch_stream
 
 FLOAT = 4
@@ -142,7 +143,7 @@ class LanguageModel:
     lie where during a pass.  stackable: whether many clients' tunables can train in one pass.
     frozen: what is remembered of the blocks below the first tunable one.  half: computes in
     bfloat16 under autocast.  twin: of a quantized base, the same architecture without values, to
-    count what it costs.
+    count what it costs.  before: of SLoRA, the same base with the tunables of its first stage.
     """
 
     name: str
@@ -158,6 +159,7 @@ class LanguageModel:
     frozen: Frozen = field(default_factory=Frozen)
     half: bool = False
     twin: LanguageModel | None = None
+    before: LanguageModel | None = None
     _parts: dict[tuple[Part, float, float], Core] = field(default_factory=dict)
 
     @property
@@ -186,6 +188,11 @@ class LanguageModel:
     def whole(self) -> Core:
         """The whole model."""
         return self.part("whole", 0)
+
+    def stage(self, tunables: Iterable[str]) -> LanguageModel:
+        """The one of itself and ``before`` that these are tunables of."""
+        own = self.before is None or self.initial.keys() >= set(tunables)
+        return self if own or self.before is None else self.before
 
     def part(self, part: Part, cut: float, begin: float = 0) -> Core:
         """The whole or one side of a cut, from block ``begin`` on; cached, sharing all modules."""
@@ -340,7 +347,7 @@ def load(
         except (OSError, ValueError, RuntimeError, AssertionError) as error:
             raise hub_error("model", "model.name", name, error) from None
         calm(model)
-        virtual, names = install(model, tunables, classification)
+        virtual, names = install(model, tunables, classification, seed)
     head = head_names(model) if classification else set()
     if tunables.head != "frozen":
         names |= head
@@ -375,7 +382,26 @@ def load(
             initial[key] = parameter.detach().to(where, torch.float32, copy=True)
             parameter.requires_grad_(False)
     found.initial = dict(sorted(initial.items()))
+    if isinstance(tunables, ex.Lora) and tunables.sparse is not None:
+        found.before = _before(found, tunables.first, seed)
     return found
+
+
+def _before(model: LanguageModel, spec: ex.Sparse, seed: int) -> LanguageModel:
+    """The same base with masks in place of LoRA, as a model with these tunables has them."""
+    layers = masks(model.model, spec.density, seed)
+    for layer in layers.values():
+        layer.slots = model.slots
+    values = {f"model.{path}{SPARSE}": torch.zeros(len(one.places), device=one.places.device)
+              for path, one in layers.items()}  # fmt: skip
+    where = None if model.device.type == "meta" else "cpu"
+    initial = {n: t.to(where) for n, t in values.items()}
+    initial |= {n: t for n, t in model.initial.items() if n in model.head}
+    twin = None if model.twin is None else model.twin.before
+    return replace(
+        model, model=graft(model.model, dict(layers)), initial=dict(sorted(initial.items())),
+        spec=spec, twin=twin, before=None, _parts={},
+    )  # fmt: skip
 
 
 def _too_large(name: str, device: torch.device) -> FedllmError:

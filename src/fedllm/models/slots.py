@@ -114,6 +114,39 @@ class LoraLinear(nn.Module):
         return self.base_layer
 
 
+SPARSE = ".sparse"  # ends the name of the trained entries of a layer
+
+
+class Masked(nn.Module):
+    """y = W x + D x around a frozen linear layer; D is zero but for the entries of a mask."""
+
+    def __init__(self, base: nn.Module, shape: tuple[int, int], places: Tensor) -> None:
+        """shape: (out, in) of D.  places: of the mask in the flattened D, ascending."""
+        super().__init__()
+        self.base_layer, self.shape, self.slots = base, shape, Slots()
+        # a parameter, so that it counts as something held, and in the hash of the base
+        self.places = nn.Parameter(places, requires_grad=False)
+        self.sparse = nn.Parameter(torch.zeros(len(places), device=places.device))
+
+    def dense(self, values: Tensor) -> Tensor:
+        """D [out, in] of these entries, or [slots, out, in] of [slots, entries]."""
+        flat = values.new_zeros((*values.shape[:-1], self.shape[0] * self.shape[1]))
+        return flat.index_copy(-1, self.places, values).view(*flat.shape[:-1], *self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        y: Tensor = self.base_layer(x)
+        return self.slots.linear(_flat(x), self.dense(self.sparse), _flat(y)).view_as(y)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """The base layer with D added to its weight, in place."""
+        delta = self.dense(self.sparse)
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        weight += delta if isinstance(self.base_layer, nn.Linear) else delta.T
+        return self.base_layer
+
+
 class SlotLinear(nn.Linear):
     """A linear layer whose weight, bias or both may be stacked."""
 
@@ -185,10 +218,14 @@ def give_slots(model: nn.Module, names: Mapping[str, Tensor] | set[str], slots: 
             isinstance(module, LoraLayer) and type(module).__name__ == "Linear4bit"
         ):
             model.set_submodule(name, LoraLinear(module, slots))
+        elif isinstance(module, Masked):
+            module.slots = slots
     kinds = {nn.Linear: SlotLinear, nn.LayerNorm: SlotNorm, Conv1D: _slot_conv1d()}
     holders: dict[str, set[str]] = {}
     for path in names:
         owner, _, leaf = path.rpartition(".")
+        if isinstance(model.get_submodule(owner), Masked):
+            continue
         if ".lora_" not in path:
             holders.setdefault(owner, set()).add(leaf)
         elif not any(isinstance(m, LoraLinear) for m in _above(model, owner)):

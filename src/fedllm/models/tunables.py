@@ -1,16 +1,20 @@
-"""Which tensors are trained: LoRA, prompt and prefix through PEFT; adapters, BitFit, full by us."""
+"""Which tensors are trained: LoRA, prompt and prefix through PEFT; the rest by us."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError, nearest
 from fedllm.lora import B
 from fedllm.models.families import FAMILIES, Family
+from fedllm.models.slots import SPARSE, Masked
+from fedllm.streams import stream
 
 
 class Adapted(nn.Module):
@@ -34,20 +38,24 @@ class Adapted(nn.Module):
 
 
 def install(
-    model: Any, spec: ex.Tunables, classification: bool
+    model: Any, spec: ex.Tunables, classification: bool, seed: int = 0
 ) -> tuple[dict[str, nn.Module], set[str]]:
     """
     Put the tunables into ``model``, in place.
 
     Returns the prompt or prefix module, if any, by its name, and the names of the trained
-    tensors (relative to the model; head excluded). Raises FedllmError where this kind of
-    tunable does not fit the model.
+    tensors (relative to the model; head excluded).  seed: of a mask.  Raises FedllmError where
+    this kind of tunable does not fit the model.
     """
     kind = model.config.model_type
     family = FAMILIES.get(kind)
     before = {name for name, _ in model.named_parameters()}
     if isinstance(spec, ex.Lora):
         _lora(model, spec, family)
+    elif isinstance(spec, ex.Sparse):
+        _lora(model, ex.Lora(rank=1, targets=spec.targets, layers=spec.layers), family)
+        for path, layer in masks(model, spec.density, seed).items():
+            model.set_submodule(path, layer)
     elif isinstance(spec, ex.Adapter):
         _adapters(model, spec, _need(family, kind, "adapter"))
     elif isinstance(spec, ex.Prompt | ex.Prefix):
@@ -66,8 +74,37 @@ def install(
         return {}, biases
     if isinstance(spec, ex.Adapter):
         return {}, {n for n in names - before if ".down." in n or ".up." in n}
+    if isinstance(spec, ex.Sparse):
+        return {}, {name for name in names if name.endswith(SPARSE)}
     frozen = isinstance(spec, ex.Lora) and spec.freeze_a
     return {}, {name for name in names if (B if frozen else ".lora_") in name}
+
+
+def masks(model: Any, density: float, seed: int) -> dict[str, Masked]:
+    """
+    For each layer that LoRA is around, by its path: one with a mask in its place.
+
+    Each mask has its own stream, of the seed and the path: all sides draw the same, and nobody
+    sends it. Raises FedllmError for a layer that is not linear.
+    """
+    found = {}
+    for path, layer in model.named_modules():
+        factors = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
+        if not all(isinstance(one, nn.ModuleDict) and len(one) for one in factors):
+            if hasattr(layer, "lora_A"):
+                raise FedllmError(f"tunables.targets: {path!r} is no linear layer")
+            continue
+        first, second = (one["default"].weight for one in factors)  # type: ignore[index]
+        shape = second.shape[0], first.shape[-1]
+        size = shape[0] * shape[1]
+        count = max(round(density * size), 1)
+        if first.device.type == "meta":
+            places = torch.empty(count, dtype=torch.long, device="meta")
+        else:
+            drawn = stream(seed, "mask", path).choice(size, count, replace=False, shuffle=False)
+            places = torch.from_numpy(np.sort(drawn)).to(first.device)
+        found[path] = Masked(layer.base_layer, shape, places)
+    return found
 
 
 def head_names(model: Any) -> set[str]:
@@ -86,7 +123,7 @@ def _need(family: Family | None, kind: str, what: str) -> Family:
     return family
 
 
-def blocks_of(spec: ex.Lora | ex.Adapter, model: Any) -> tuple[int, ...]:
+def blocks_of(spec: ex.Lora | ex.Adapter | ex.Sparse, model: Any) -> tuple[int, ...]:
     """
     Numbers of the blocks that get these tunables, ascending; none named means all.
 

@@ -55,8 +55,7 @@ class Parameters:
 
     def start(self) -> ServerState:
         """The first values, without what stays personal."""
-        first = resized(self.model.initial, self.ranks.first)
-        shared = {n: t for n, t in first.items() if n not in self.personal}
+        shared = {n: t for n, t in self.ranks.first.items() if n not in self.personal}
         return ServerState(shared, corrections.variates(shared) if self.scaffold else {})
 
     # server -----------------------------------------------------------------------------------
@@ -65,12 +64,13 @@ class Parameters:
         self, state: ServerState, cohort: Sequence[str], ask: Exchange, rng: np.random.Generator
     ) -> ServerState:
         """One round."""
-        shared = self.ranks.due(state, ask.round)
+        with ask.meter.step("a4"):
+            shared, told = self.ranks.due(state, ask.round)
         optimizer = kept_at(state.optimizer, state.shared, shared)
         ranks = {client: self.ranks.of(state, client, shared, ask.round) for client in cohort}
         given = {rank: resized(shared, rank) for rank in set(ranks.values())}
         down = given if self.options.payload != "change" else {
-            rank: _less(values, resized(self.model.initial, rank))
+            rank: _less(values, self.ranks.initial(rank))
             for rank, values in given.items()
         }  # fmt: skip
         c = corrections.controls(optimizer)  # only where all have one rank
@@ -112,7 +112,7 @@ class Parameters:
                 optimizer = {**optimizer, **corrections.folded(c, changes, len(ask.clients()))}
         loss = mean_loss(replies)
         facts: dict[str, int | float | str] = {
-            "loss": loss, **self.ranks.noted(state, shared, loss)
+            "loss": loss, **told, **self.ranks.noted(state, shared, loss)
         }  # fmt: skip
         if pairs(shared):  # of the rule, whatever the server makes of it
             facts[PRODUCT_GAP] = product_gap(values, weights, combined)
@@ -147,7 +147,8 @@ class Parameters:
         c = corrections.controls(message.tensors)
         start = {name: tensor for name, tensor in message.tensors.items() if name not in c}
         if self.options.payload == "change":
-            start = _plus(resized(self.model.initial, rank_of(start)), start)
+            start = _plus(self.ranks.initial(rank_of(start)), start)
+        site = replace(site, model=site.model.stage(start))
         if self.options.mentor is not None:
             result = yield from learn_together(site, start, self.own(site), "a2")
             change: Group = {}

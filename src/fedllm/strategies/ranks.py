@@ -15,13 +15,16 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.exchange import Want, like
-from fedllm.lora import A, B, excess, grow, rank_of, resized, shrink
+from fedllm.lora import A, B, best, excess, filled, grow, rank_of, resized, shrink
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
+from fedllm.models.slots import SPARSE, Masked
 from fedllm.strategies.base import Group, ServerState, Setup
 from fedllm.streams import stream
 
 BEST, STALE = "best", "stale"  # facts: the least loss, and rounds since it was found
+REMAINDER_GAP = "remainder_gap"  # share of SLoRA's first stage that LoRA does not start from
+Facts = dict[str, int | float | str]
 RANK = "rank"  # in what the server keeps of a client: the one that it went down to
 
 
@@ -31,30 +34,40 @@ class Ranks:
     def __init__(self, options: ex.Parameters, setup: Setup, model: LanguageModel) -> None:
         """options: whether clients prune.  setup: their ranks.  model: the schedule."""
         self.pruning = options.prune
-        self.setup = setup
+        self.setup, self.model = setup, model
         self.spec = model.spec if isinstance(model.spec, ex.Lora) else None
         self.budgets = {
             client: {n: model.within(most) for n, most in budget.items()}
             for client, budget in setup.budgets.items()
         }
 
-    @property
-    def first(self) -> int:
-        """The highest rank of the first round; 0 where there is no LoRA."""
-        return 0 if self.spec is None else self.spec.most(1)
+    def initial(self, rank: int) -> Group:
+        """The first values at this rank; 0: where there is no LoRA, or not yet."""
+        before = self.model.before
+        if not rank and before is not None:
+            return dict(before.initial)
+        return resized(self.model.initial, rank)
 
-    def due(self, state: ServerState, round: int) -> Group:
-        """What the server has, at the rank of this round (P-10)."""
+    @property
+    def first(self) -> Group:
+        """What everybody has before the first round."""
+        return self.initial(0 if self.spec is None else self.spec.most(1))
+
+    def due(self, state: ServerState, round: int) -> tuple[Group, Facts]:
+        """What the server has, at the rank of this round (P-10, P-13), and what to say of it."""
         shared, own = state.shared, rank_of(state.shared)
         rank = own if self.spec is None else self.spec.most(round)
         if self.spec is not None and (growth := self.spec.growth):
             plateau = int(state.facts.get(STALE, 0)) >= growth.patience
             rank = min(own * growth.factor, self.spec.rank) if plateau else own
-        if rank < own:
-            return shrink(shared, rank)
-        return grow(shared, rank, stream(self.setup.seed, "rank", round)) if rank > own else shared
+        if rank == own:
+            return shared, {}
+        if not own and self.spec is not None and self.model.before is not None:
+            return _factored(shared, self.model, self.model.before, self.spec.alpha)
+        rng = stream(self.setup.seed, "rank", round)
+        return shrink(shared, rank) if rank < own else grow(shared, rank, rng), {}
 
-    def noted(self, state: ServerState, shared: Group, loss: float) -> dict[str, float]:
+    def noted(self, state: ServerState, shared: Group, loss: float) -> Facts:
         """What tells a plateau, after a round that began with these and ended with this loss."""
         growth = None if self.spec is None else self.spec.growth
         if growth is None:
@@ -106,6 +119,29 @@ class Ranks:
         return {**state.clients, **found}
 
 
+def _factored(
+    shared: Group, model: LanguageModel, before: LanguageModel, alpha: float
+) -> tuple[Group, Facts]:
+    """
+    SLoRA's second stage (P-13): (alpha / r) B A is the best approximation of what was changed.
+
+    What is left of the change is dropped, as the base is frozen for good; its share is told.
+    """
+    found, left, whole = {n: t for n, t in shared.items() if n in model.head}, 0.0, 0.0
+    for name in sorted(shared.keys() - found.keys()):
+        path = name.removesuffix(SPARSE)
+        layer = before.whole.get_submodule(path)
+        assert isinstance(layer, Masked)
+        change = layer.dense(shared[name].to(before.device)).cpu().double()
+        a, b = (f"{path}{part}default.weight" for part in (A, B))
+        rank, one = rank_of(model.initial), torch.eye(change.shape[1], dtype=change.dtype)
+        found[a], found[b] = filled(*best(change / alpha, one, rank), model.initial[a])
+        near = found[b].double() @ found[a].double() * (alpha / rank)
+        left += float((change - near).square().sum())
+        whole += float(change.square().sum())
+    return dict(sorted(found.items())), {REMAINDER_GAP: (left / whole) ** 0.5 if whole else 0.0}
+
+
 def kept_at(optimizer: Group, before: Group, now: Group) -> Group:
     """
     The server's optimizer for tunables that may be of another rank than before.
@@ -114,7 +150,10 @@ def kept_at(optimizer: Group, before: Group, now: Group) -> Group:
     """
     if rank_of(before) == rank_of(now):
         return optimizer
-    return {name: t for name, t in optimizer.items() if A not in name and B not in name}
+    return {
+        name: t for name, t in optimizer.items()
+        if A not in name and B not in name and name.partition("|")[0] in now
+    }  # fmt: skip
 
 
 def kept(rank: int, share: float) -> int:

@@ -79,7 +79,10 @@ def cohort_size(model: LanguageModel, training: ex.Training) -> int:
     if not stackable(model, training):
         return 1
     # values, gradients, two slots of the optimizer, stacked copies, frames in and out
-    each = 10 * sum(t.numel() * t.element_size() for t in model.initial.values())
+    each = 10 * max(
+        sum(t.numel() * t.element_size() for t in one.initial.values())
+        for one in (model, model.before) if one is not None
+    )  # fmt: skip
     return max(1, min(256, memory(model.device) // 8 // each))
 
 

@@ -243,6 +243,22 @@ def test_the_payload_follows_the_schedule_and_a_resumed_run_is_the_same(tmp_path
     assert all(torch.equal(again[n], t) for n, t in end.server.shared.items())
 
 
+def test_after_a_fall_optimizers_forget_factors_of_the_old_basis() -> None:
+    """Also where a client's own rank stays as it was."""
+    built = build(change(
+        {"ranks": {"client-1": 1}, "schedule": {"1": 4, "3": 2}},
+        training={"optimizer_state": "keep"},
+        strategy={"kind": "parameters", "aggregation": "zero-pad"},
+    ))  # fmt: skip
+    finish(built)
+    for client in ("client-1", "client-2"):
+        site = built.worker.sites[client]
+        steps = {("lora" in name): float(t) for name, t in site.group("optimizer").items()
+                 if name.endswith("|step")}  # fmt: skip
+        once = -(-len(site.train) // 8)
+        assert steps == {True: once, False: 3 * once}
+
+
 @pytest.mark.parametrize(("gain", "last"), [(0.0, 1), (0.9, 4)])
 def test_a_plateau_lets_the_rank_grow_also_after_a_resume(gain: float, last: int) -> None:
     """A fall of the loss counts as such where it is large enough; a plan is of no fall at all."""

@@ -337,6 +337,12 @@ class Lora(Section):
             return min(self.growth.start * self.growth.factor**times, self.rank)
         return since(self.schedule, round)
 
+    def fall(self, round: int) -> int:
+        """The last round until now in which ``schedule`` went down; 0 where it never did."""
+        steps = sorted(self.schedule.items())
+        falls = [r for (_, before), (r, now) in pairwise(steps) if now < before and r <= round]
+        return max(falls, default=0)
+
     def shares(
         self, clients: Sequence[str], rounds: int, within: Callable[[int], int]
     ) -> dict[str, dict[int, float]]:

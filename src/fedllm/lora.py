@@ -155,6 +155,11 @@ def excess(tunables: Mapping[str, Tensor], kept: int) -> Tensor:
     return torch.stack(each).sum()
 
 
+def without_factors(tensors: Mapping[str, Tensor]) -> Group:
+    """Those that are neither A nor B, nor an optimizer's of one of them."""
+    return {name: t for name, t in tensors.items() if A not in name and B not in name}
+
+
 def moved(state: Mapping[str, Tensor], rank: int) -> Group:
     """
     An optimizer's state (``<tunable>|<slot>``) for tunables that are of this rank now.
@@ -166,7 +171,7 @@ def moved(state: Mapping[str, Tensor], rank: int) -> Group:
     if own in (0, rank):
         return dict(state)
     if rank < own:
-        return {name: t for name, t in state.items() if A not in name and B not in name}
+        return without_factors(state)
     more, found = rank - own, {}
     for name, tensor in state.items():
         if A in name and tensor.dim():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregation.mean import Updates, check, mean
-from fedllm.lora import A, B, best, filled, pairs, rank_of, resized
+from fedllm.lora import A, B, best, filled, pairs, rank_of, resized, without_factors
 
 UnequalRule = Callable[[Updates, Mapping[str, float], Mapping[str, Tensor]], dict[str, Tensor]]
 """(updates, weights, what the server had before, whose rank is that of the result) -> result."""
@@ -152,11 +152,7 @@ def _square(left: Tensor, right: Tensor) -> float:
 
 def _others(updates: Updates, weights: Mapping[str, float]) -> dict[str, Tensor]:
     """The mean of what is no factor of LoRA: its clients' ranks and norms say nothing of it."""
-    rest = {
-        client: {n: t for n, t in update.items() if A not in n and B not in n}
-        for client, update in updates.items()
-    }
-    return mean(rest, weights)
+    return mean({client: without_factors(update) for client, update in updates.items()}, weights)
 
 
 def _filled(updates: Updates, before: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

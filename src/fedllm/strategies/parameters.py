@@ -149,6 +149,8 @@ class Parameters:
         if self.options.payload == "change":
             start = _plus(self.ranks.initial(rank_of(start)), start)
         site = replace(site, model=site.model.stage(start))
+        if site.setup.training.optimizer_state == "keep":
+            self.ranks.rebased(site)
         if self.options.mentor is not None:
             result = yield from learn_together(site, start, self.own(site), "a2")
             change: Group = {}

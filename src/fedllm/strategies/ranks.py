@@ -15,16 +15,17 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.exchange import Want, like
-from fedllm.lora import A, B, best, excess, filled, grow, rank_of, resized, shrink
+from fedllm.lora import A, B, best, excess, filled, grow, rank_of, resized, shrink, without_factors
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.models.slots import SPARSE, Masked
-from fedllm.strategies.base import Group, ServerState, Setup
+from fedllm.strategies.base import Group, ServerState, Setup, Site
 from fedllm.streams import stream
 
 BEST, STALE = "best", "stale"  # facts: the least loss, and rounds since it was found
 REMAINDER_GAP = "remainder_gap"  # share of SLoRA's first stage that LoRA does not start from
 Facts = dict[str, int | float | str]
+BASIS = "basis"  # in what a client keeps: the round of the fall that gave the factors theirs
 RANK = "rank"  # in what the server keeps of a client: the one that it went down to
 
 
@@ -66,6 +67,18 @@ class Ranks:
             return _factored(shared, self.model, self.model.before, self.spec.alpha)
         rng = stream(self.setup.seed, "rank", round)
         return shrink(shared, rank) if rank < own else grow(shared, rank, rng), {}
+
+    def rebased(self, site: Site) -> None:
+        """
+        Have a client's optimizer forget factors of another basis: of before the last fall.
+
+        Whose rank is low enough to stay must, too, as all components are others since.
+        """
+        fall = 0 if self.spec is None else self.spec.fall(site.round)
+        known = site.group(BASIS)
+        if fall != int(known.get(BASIS, 0)):
+            site.keep("optimizer", without_factors(site.group("optimizer")))
+            site.keep(BASIS, {BASIS: torch.tensor(fall)})
 
     def noted(self, state: ServerState, shared: Group, loss: float) -> Facts:
         """What tells a plateau, after a round that began with these and ended with this loss."""
@@ -150,10 +163,7 @@ def kept_at(optimizer: Group, before: Group, now: Group) -> Group:
     """
     if rank_of(before) == rank_of(now):
         return optimizer
-    return {
-        name: t for name, t in optimizer.items()
-        if A not in name and B not in name and name.partition("|")[0] in now
-    }  # fmt: skip
+    return {n: t for n, t in without_factors(optimizer).items() if n.partition("|")[0] in now}
 
 
 def kept(rank: int, share: float) -> int:

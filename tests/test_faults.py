@@ -69,9 +69,14 @@ def test_or_is_left_out_where_fewer_are_enough(strategy: dict[str, Any]) -> None
     assert failed == {"client-2"}
 
 
-@pytest.mark.parametrize("task", ["backward", "head", "collect"])
-def test_so_in_the_later_steps_of_activations(task: str) -> None:
-    strategy = {"kind": "activations", "cut": 2, "server": "concatenated", "labels": "client"}
+@pytest.mark.parametrize(("task", "inside", "server"), [
+    ("backward", 0, "concatenated"), ("head", 0, "concatenated"), ("collect", 0, "concatenated"),
+    ("forward", 2, "concatenated"), ("forward", 2, "sequential"), ("backward", 2, "concatenated"),
+])  # fmt: skip
+def test_so_in_the_later_steps_of_activations(task: str, inside: int, server: str) -> None:
+    strategy = {
+        "kind": "activations", "cut": 2, "server": server, "labels": "client", "inside": inside,
+    }  # fmt: skip
     spec = experiment(GPT2, rows=48, strategy=strategy, exchange={"minimum_replies": 2})
     built = build(spec)
     break_down(built, task)

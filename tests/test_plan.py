@@ -179,6 +179,16 @@ def test_a_plan_of_several_cuts() -> None:
     hold(experiment(GPT2, strategy=strategy, evaluation={"every": 0}))
 
 
+@pytest.mark.parametrize(("split", "tunables"), [
+    ({"cut": 1, "inside": 3, "labels": "client"}, {"kind": "adapter", "width": 4}),
+    # hidden states of the lower blocks are remembered
+    ({"cut": [1, 2, 1], "inside": 2}, {"kind": "lora", "rank": 2, "layers": [-1]}),
+])  # fmt: skip
+def test_a_plan_of_blocks_split_inside(split: dict[str, Any], tunables: dict[str, Any]) -> None:
+    hold(experiment(GPT2, strategy={"kind": "activations", **split}, tunables=tunables,
+                    evaluation={"every": 0}))  # fmt: skip
+
+
 def test_a_public_set_too_large_to_remember_is_run_anew() -> None:
     """Beside private rows whose lower blocks are remembered."""
     spec = experiment(

@@ -61,6 +61,7 @@ VARIANTS = [
     {"kind": "activations", "cut": 2, "server": "concatenated", "average_every": 2},
     {"kind": "activations", "cut": 2, "server": "sequential", "average_every": 1},
     {"kind": "activations", "cut": [1, 3, 2]},
+    {"kind": "activations", "cut": 1, "inside": 2, "labels": "client"},
 ]
 CASES = [
     pytest.param(GPT2, "classification", {"kind": "lora"}),

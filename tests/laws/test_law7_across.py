@@ -28,7 +28,8 @@ MUTUAL = {
 STRATEGIES = [
     pytest.param({"kind": "parameters"}, {}, id="parameters"),
     pytest.param({"kind": "logits"}, {}, id="logits"),
-    pytest.param({"kind": "activations", "cut": 2}, {}, id="activations"),
+    # every message of an ordinary cut, and those of the crossings between
+    pytest.param({"kind": "activations", "cut": 1, "inside": 2}, {}, id="activations"),
     pytest.param(MUTUAL, TEXT, id="fedmkt", marks=needs_shared),
 ]
 

@@ -441,6 +441,8 @@ class Activations:
                 sent = self._down(turns, "c1", "forward")
                 replies = alive.gather(sent, Want(look=_like(sent, H, H)))
             turns = [turn for turn in turns if any(c in replies for c in turn.sent)]
+            if not turns:
+                return turns
             jobs = [self._cross(turn, replies, ask) for turn in turns]
             for turn, passed in zip(turns, _all(work(jobs)), strict=True):
                 turn.crossed[-1].passed = passed

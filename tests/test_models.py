@@ -16,12 +16,13 @@ from transformers import (
 from fedllm import experiment as ex
 from fedllm import federation
 from fedllm.errors import FedllmError
+from fedllm.models import flops
 from fedllm.models.flops import FlopCounter, count
 from fedllm.models.inputs import Inputs
 from fedllm.models.loading import LanguageModel, load, load_config, source_of
 from fedllm.predict import export, open_run, predict
 from shared import needs_shared
-from small import BERT, DECODERS, GPT2, LLAMA, TASKS, TYPES, build, experiment, finish
+from small import BERT, DECODERS, EACH, GPT2, LLAMA, TASKS, TYPES, build, experiment, finish
 
 CLASSES = ex.Task()
 TOKENS = ex.Task(kind="generation")
@@ -176,6 +177,32 @@ def test_flops_by_parabola_are_those_counted(name: str, task: str, part: Any) ->
     ours = FlopCounter(core, trained)([(3, 37)], selected, True, server)
     assert ours == count(core, trained, 37, 3, selected, True, server)
     assert FlopCounter(core, trained)([(3, 37)], selected, False) < ours
+
+
+@pytest.mark.parametrize(("name", "task"), EACH)
+def test_a_count_does_not_depend_on_what_was_counted_before(
+    name: str, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of the same name and another rank is another; one that is loaded again is not."""
+    narrow, again, wide = (
+        load(ex.Model(name=name), ex.Task(kind=task), ex.Lora(rank=rank), 7, 0)  # type: ignore[arg-type]
+        for rank in (2, 2, 4)
+    )
+
+    def counted(found: Any, backward: bool) -> int:
+        selected = 3 if task == "generation" else 0
+        return count(found.whole, frozenset(found.initial), 8, 1, selected, backward, False)
+
+    def anew(found: Any, backward: bool) -> int:
+        monkeypatch.setattr(flops, "_COUNTED", {})
+        return counted(found, backward)
+
+    alone = [anew(found, backward) for found in (narrow, wide) for backward in (False, True)]
+    assert len(set(alone)) == 4
+    monkeypatch.setattr(flops, "_COUNTED", {})
+    assert [counted(f, backward) for backward in (True, False) for f in (narrow, again, wide)] == [
+        alone[1], alone[1], alone[3], alone[0], alone[0], alone[2],
+    ]  # fmt: skip
 
 
 def test_flops_of_a_known_layer() -> None:

@@ -9,12 +9,12 @@ which that is not true is counted length by length.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 
 import torch
-from torch import Tensor
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +23,9 @@ from fedllm.models.core import Core
 from fedllm.models.inputs import Block, Inputs
 
 NODES = (4, 8, 16, 12)  # lengths that are counted; the last one confirms
+# of passes that this process has counted: runs of a sweep are mostly alike, and a count is a
+# function of what ``_alike`` names
+_COUNTED: dict[bytes, int] = {}
 
 
 def count(
@@ -37,11 +40,43 @@ def count(
     selected: number of token logits (0: class logits). input_grad: the input is activations
     whose gradient is wanted too.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in [*core.named_parameters(), *core.named_buffers()]:
-        shape = shape_at(name, tensor.shape, rank) if rank else tensor.shape
-        meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        tensors[name] = meta.requires_grad_(backward and name in trained)
+    shapes: Shapes = {
+        name: (tuple(shape_at(name, tensor.shape, rank) if rank else tensor.shape), tensor.dtype)
+        for name, tensor in [*core.named_parameters(), *core.named_buffers()]
+    }
+    asked = (length, rows, selected)
+    grads = (sorted(trained & shapes.keys()), input_grad) if backward else None
+    key = _alike(core, shapes, asked, grads)
+    if key not in _COUNTED:
+        forward, both = _counted(core, shapes, asked, grads)
+        _COUNTED[_alike(core, shapes, asked, None)] = forward
+        _COUNTED[key] = both
+    return _COUNTED[key]
+
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Grads = tuple[list[str], bool] | None  # names of tensors with a gradient, and the input's
+
+
+def _alike(core: Core, shapes: Shapes, asked: tuple[int, int, int], grads: Grads) -> bytes:
+    """What a count depends on: the modules, their settings and shapes, and the pass."""
+    parts = [(name, type(module)) for name, module in core.named_modules()]
+    own = (core.key[1:], core.decoder_head, core.prompt_tokens, core.autocast, core.family)
+    config = {**core.model.config.to_dict(), "_name_or_path": ""}
+    text = repr((parts, own, config, shapes, asked, grads))
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _counted(
+    core: Core, shapes: Shapes, asked: tuple[int, int, int], grads: Grads
+) -> tuple[int, int]:
+    """FLOPs of the forward pass, and with those of the backward pass where there are gradients."""
+    length, rows, selected = asked
+    trained, input_grad = grads or ([], False)
+    tensors = {
+        name: torch.empty(shape, dtype=dtype, device="meta").requires_grad_(name in trained)
+        for name, (shape, dtype) in shapes.items()
+    }
     cells = rows * length
     if core.starts:
         x = torch.zeros(cells, dtype=torch.long, device="meta")
@@ -59,11 +94,12 @@ def count(
         lengths = torch.full((rows,), length, device="meta")
     inputs = Inputs(x, ((rows, length),), lengths, select)
     counter = FlopCounterMode(display=False)
-    with written(core), counter, torch.set_grad_enabled(backward):
+    with written(core), counter, torch.set_grad_enabled(grads is not None):
         out = functional_call(core, tensors, (inputs,))
-        if backward and out.requires_grad:
+        forward = int(counter.get_total_flops())
+        if out.requires_grad:
             out.sum().backward()
-    return int(counter.get_total_flops())
+    return forward, int(counter.get_total_flops())
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -689,6 +690,11 @@ def rows(part: str, size: int | None = None) -> list[dict[str, str]]:
         size = DEFAULT_SIZES[part]
     if size < 0:
         raise ValueError(f"size must not be negative, got {size}")
+    return [dict(row) for row in _rows(part, size)]
+
+
+@lru_cache(4)
+def _rows(part: str, size: int) -> tuple[dict[str, str], ...]:
     draw = _Draw(_SEED, _PART_SEED[part])
     buckets = _PART_BUCKETS[part]
     seen: set[str] = set()
@@ -708,4 +714,4 @@ def rows(part: str, size: int | None = None) -> list[dict[str, str]]:
         seen.add(text)
         reply = _fill(_reply(intent, part, draw), details)
         found.append({"text": text, "intent": intent, "site": site, "reply": reply})
-    return found
+    return tuple(found)

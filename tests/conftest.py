@@ -8,6 +8,7 @@ from shared import SHARED
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub that is not there
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # as the command line sets it
 
 import torch
 

@@ -44,6 +44,9 @@ def main() -> None:
     # torch's threads would spin while they wait for each other; beside any other work on the
     # machine a step then takes several times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # nothing here is compiled; where bitsandbytes is installed, peft imports it, and that would
+    # load the compiler: a second of every start
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
         app()
     except FedllmError as error:

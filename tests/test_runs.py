@@ -35,6 +35,14 @@ STRATEGIES: list[dict[str, Any]] = [
 NAMES = ["parameters", "logits", "sequential", "per-client", "standalone"]
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_rows(tmp_path / "rows.csv", 40)
+    (tmp_path / "one.toml").write_text(BASE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 class Stop(Silent):
     """Presses Ctrl-C after a round."""
 
@@ -85,27 +93,27 @@ def test_an_interrupted_run_ends_bit_identical(tmp_path: Path, strategy: dict[st
     assert [entry["round"] for entry in summary["history"]] == [1, 2, 3]
 
 
-def test_a_killed_process_leaves_a_resumable_run(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.csv", 60)
-    (tmp_path / "one.toml").write_text(BASE)
-    command = [sys.executable, "-m", "fedllm.cli", "run", "one.toml", "--quiet", "--out", "out",
-               "--set", "rounds=8", "--set", "evaluation.every=0"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
-    checkpoints = tmp_path / "out" / "checkpoints"
+FEDLLM = [sys.executable, "-m", "fedllm.cli"]
+
+
+def test_a_killed_process_leaves_a_resumable_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["run", "one.toml", "--quiet", "--set", "rounds=8", "--set", "evaluation.every=0"]
+    process = subprocess.Popen([*FEDLLM, *words, "--out", "out"], stderr=subprocess.PIPE)
+    checkpoints = folder / "out" / "checkpoints"
     while process.poll() is None and not list(checkpoints.glob("round-*")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = load(checkpoints)
     assert before is not None
-    done = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    whole = ["whole" if word == "out" else word for word in command]
-    assert subprocess.run(whole, cwd=tmp_path, capture_output=True).returncode == 0
-    assert same_bits(tmp_path / "out", tmp_path / "whole")
+    assert call(monkeypatch, *words, "--out", "out", "--resume") == 0
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    assert call(monkeypatch, *words, "--out", "whole") == 0
+    assert same_bits(folder / "out", folder / "whole")
     assert [entry["round"] for entry in summary["history"]] == list(range(1, 9))
-    assert {row.round for row in read(tmp_path / "out" / "ledger.jsonl")} == set(range(1, 9))
+    assert {row.round for row in read(folder / "out" / "ledger.jsonl")} == set(range(1, 9))
 
 
 def same_bits(one: Path, other: Path) -> bool:
@@ -115,43 +123,38 @@ def same_bits(one: Path, other: Path) -> bool:
     )
 
 
-def test_a_full_disk_leaves_a_resumable_run(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.csv", 60)
-    (tmp_path / "one.toml").write_text(BASE)
-    command = [sys.executable, "-m", "fedllm.cli", "run", "one.toml", "--quiet",
-               "--set", "rounds=25", "--set", "evaluation.every=0", "--set", "tunables.rank=1",
-               "--set", "tunables.head=frozen", "--out"]  # fmt: skip
+def test_a_full_disk_leaves_a_resumable_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["run", "one.toml", "--quiet",
+             "--set", "rounds=25", "--set", "evaluation.every=0", "--set", "tunables.rank=1",
+             "--set", "tunables.head=frozen", "--out"]  # fmt: skip
     most = 60_000  # bytes of a file; the ledger grows larger than that
     full = subprocess.run(
-        [*command, "out"], cwd=tmp_path, capture_output=True, text=True,
+        [*FEDLLM, *words, "out"], capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
     )  # fmt: skip
     assert full.returncode == 2, full.stderr
     assert "--resume goes on" in full.stderr
     assert "Traceback" not in full.stderr
-    before = load(tmp_path / "out" / "checkpoints")
+    before = load(folder / "out" / "checkpoints")
     assert before is not None
     assert 1 <= before.round < 25
-    for folder, more in (("out", ["--resume"]), ("whole", [])):
-        done = subprocess.run([*command, folder, *more], cwd=tmp_path, capture_output=True)
-        assert done.returncode == 0
-    assert same_bits(tmp_path / "out", tmp_path / "whole")
-    one, two = (read(tmp_path / name / "ledger.jsonl") for name in ("out", "whole"))
+    for name, more in (("out", ["--resume"]), ("whole", [])):
+        assert call(monkeypatch, *words, name, *more) == 0
+    assert same_bits(folder / "out", folder / "whole")
+    one, two = (read(folder / name / "ledger.jsonl") for name in ("out", "whole"))
     assert plain(one) == plain(two)
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.csv", 60)
-    (tmp_path / "one.toml").write_text(BASE)
-    command = [sys.executable, "-m", "fedllm.cli", "run", "one.toml", "--out", "out",
+def test_ctrl_c_says_how_to_go_on(folder: Path) -> None:
+    command = [*FEDLLM, "run", "one.toml", "--out", "out",
                "--set", "rounds=500", "--set", "evaluation.every=0"]  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        command, stderr=subprocess.PIPE, text=True,
         # a shell in the background lets its children ignore Ctrl-C
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    while process.poll() is None and not list((tmp_path / "out").glob("checkpoints/round-*")):
-        pass
+    while process.poll() is None and not list((folder / "out").glob("checkpoints/round-*")):
+        time.sleep(0.01)
     for _ in range(4):  # Python drops a Ctrl-C that meets a finalizer
         process.send_signal(signal.SIGINT)
         try:
@@ -265,14 +268,6 @@ def test_an_untrained_language_model_is_the_first_row(tmp_path: Path) -> None:
 
 
 # The command line -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_rows(tmp_path / "rows.csv", 40)
-    (tmp_path / "one.toml").write_text(BASE)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_from_init_to_export(

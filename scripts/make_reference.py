@@ -264,6 +264,8 @@ MEANING = {
     "simulation.test_examples": "rows drawn from `test` in all; without it all",
     "simulation.test_fraction": "held-out part of each client's rows where there is no `test`",
     "simulation.validation": "part of each client's training rows set aside for validation",
+    "simulation.shuffled": "share of the training rows, by client, whose labels are shuffled among "
+                           "themselves",
     "simulation.cohort": "most clients that train side by side in one pass over the base; without "
                          "it as many as memory allows, at most 256 (another number rounds "
                          "differently)",

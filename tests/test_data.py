@@ -246,3 +246,22 @@ def test_unknown_tokens_are_said() -> None:
     assert any("unknown to this tokenizer" in note for note in notes)
     quiet = federation.prepare(spec.replace(model=ex.Model(name=LLAMA)), 0).notes
     assert not any("unknown to this tokenizer" in note for note in quiet)
+
+
+def test_labels_are_shuffled_among_the_training_rows_of_who_is_named() -> None:
+    def rows(shuffled: dict[str, float]) -> Clients:
+        spec = experiment(rows=90, simulation={"shuffled": shuffled})
+        return federation.prepare(spec, 0).clients
+
+    plain, half = rows({}), rows({"client-2": 0.5})
+    assert np.array_equal(plain.train.flat, half.train.flat)
+    for name in plain:
+        before, after = plain[name].train.labels, half[name].train.labels
+        assert np.array_equal(plain[name].test.labels, half[name].test.labels)
+        assert sorted(before) == sorted(after)
+        changed = int((before != after).sum())
+        assert 0 < changed <= round(0.5 * len(before)) if name == "client-2" else not changed
+    with pytest.raises(FedllmError, match=r"simulation.shuffled.client-9: no such client"):
+        rows({"client-9": 1.0})
+    with pytest.raises(FedllmError, match=r"simulation.shuffled: only with task.kind = 'class"):
+        experiment(task="generation", simulation={"shuffled": {"client-1": 1.0}})

@@ -138,6 +138,24 @@ def test_a_reply_of_another_rank_is_its_clients_failure() -> None:
     assert all("with shape" in r.reason for r in faults)
 
 
+# P-07 ---------------------------------------------------------------------------------------------
+
+
+def test_a_client_with_shuffled_labels_ends_below_its_even_share() -> None:
+    even = {"clients": 3, "sizes": [60, 60, 60]}
+    built = build(
+        experiment(
+            "builtin#3", rounds=3, tunables={"rank": 8}, evaluation={"every": 0},
+            simulation={**even, "shuffled": {"client-3": 1.0}},
+            strategy={"kind": "parameters", "balance": {"temperature": 1.0}},
+            training={"optimizer": "adam", "rate": 0.01, "epochs": 2},
+        )
+    )  # fmt: skip
+    for entry in finish(built).history:
+        shares = [entry[f"client-{k}_share"] for k in (1, 2, 3)]
+        assert sum(shares) == pytest.approx(1) and shares[2] < 0.3
+
+
 # P-09 ---------------------------------------------------------------------------------------------
 
 

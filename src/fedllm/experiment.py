@@ -863,6 +863,8 @@ class Simulation(Section):
     Where the data of a simulated federation comes from, and how clients get theirs.
 
     ``sizes`` gives the clients' numbers of rows one by one; ``examples`` the same for all.
+    ``shuffled`` makes some of them useless, to see what a method makes of that: of each client in
+    the table this share of its training rows have their labels shuffled among themselves.
     """
 
     source: str = "builtin"
@@ -876,6 +878,7 @@ class Simulation(Section):
     test_examples: Positive | None = None
     test_fraction: Fraction = 0.2
     validation: Fraction = 0.0
+    shuffled: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     cohort: Positive | None = None
 
 
@@ -1011,6 +1014,11 @@ class Experiment(Section):
             raise ValueError(
                 "data.prompt: classification reads data.text and data.label; "
                 "set task.kind = 'generation' or leave prompt and response out"
+            )
+        if self.simulation.shuffled and self.task.kind != "classification":
+            raise ValueError(
+                "simulation.shuffled: only with task.kind = 'classification' (here "
+                f"{self.task.kind!r})"
             )
         self._chosen()
         self._preferred()

@@ -26,7 +26,7 @@ from fedllm.training.known import paid, restore_paid
 from fedllm.worker import Worker
 
 CLOCK = "clock"  # seconds of a round under the clock of ``[plan]``, where cuts go by it
-SAID = ("loss", "_gap", CLOCK)  # ends of facts that belong into a run's history
+SAID = ("loss", "_gap", "_share", CLOCK)  # ends of facts that belong into a run's history
 DETAILED = 100  # with more clients than this, theirs are reported without each class
 
 

@@ -56,7 +56,7 @@ def in_turn(model: LanguageModel, cut: int, inside: int, home: bool = False) -> 
 
 
 @pytest.mark.parametrize("inside", [0, 2])
-@pytest.mark.parametrize("kind", ["adapter", "bitfit", "prompt", "full"])
+@pytest.mark.parametrize("kind", ["adapter", "bitfit", "prompt", "sparse", "full"])
 def test_so_has_every_tunable_that_can_be_cut(kind: str, inside: int) -> None:
     built = build(experiment(GPT2, tunables={"kind": kind}))
     site = built.worker.sites["client-1"]

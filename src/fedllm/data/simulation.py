@@ -67,6 +67,7 @@ def divide(experiment: ex.Experiment, columns: Sequence[str], seed: int) -> Divi
     kept, shared = _cut_public(rows, outside, public, rng)
     parts = _parts(kept, sim, experiment.data.label, rng)
     tests = _tests(test, list(parts), column, sim, rng)
+    shuffled = ex.whose("simulation.shuffled", sim.shuffled, list(parts))
     clients = {}
     for client, mine in parts.items():
         mine = [mine[i] for i in stream(seed, "split", client).permutation(len(mine))]
@@ -75,7 +76,11 @@ def divide(experiment: ex.Experiment, columns: Sequence[str], seed: int) -> Divi
             count = round(len(mine) * sim.test_fraction)
             held, mine = mine[:count], mine[count:]
         count = round(len(mine) * sim.validation)
-        clients[client] = ClientRows(mine[count:], mine[:count], held)
+        train = mine[count:]
+        if client in shuffled:
+            rng = stream(seed, "shuffled", client)
+            train = _shuffled(train, experiment.data.label, shuffled[client], rng)
+        clients[client] = ClientRows(train, mine[:count], held)
         on = experiment.evaluation.on
         for what, got in (
             ("training", clients[client].train),
@@ -88,6 +93,13 @@ def divide(experiment: ex.Experiment, columns: Sequence[str], seed: int) -> Divi
                 )
     given = sum(len(mine) for mine in parts.values())
     return Division(clients, shared, labels, len(kept) - given)
+
+
+def _shuffled(rows: Rows, label: str, share: float, rng: np.random.Generator) -> Rows:
+    """The rows, of which this share, drawn at random, have exchanged their labels."""
+    chosen = rng.permutation(len(rows))[: round(len(rows) * share)]
+    given = dict(zip(sorted(chosen.tolist()), chosen.tolist(), strict=True))
+    return [{**row, label: rows[given.get(i, i)][label]} for i, row in enumerate(rows)]
 
 
 def _check(experiment: ex.Experiment, rows: Rows, columns: Sequence[str], source: str) -> None:

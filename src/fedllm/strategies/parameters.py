@@ -23,6 +23,7 @@ from fedllm.strategies.mentor import MENTOR, learn_together
 from fedllm.strategies.ranks import Ranks, kept_at, pruning
 from fedllm.training.jobs import Tasked
 
+SHARE = "_share"  # after a client's name: what it counted, where usefulness decides
 PRODUCT_GAP = "product_gap"  # of what was combined to the mean of the clients' products
 
 
@@ -116,6 +117,9 @@ class Parameters:
         }  # fmt: skip
         if pairs(shared):  # of the rule, whatever the server makes of it
             facts[PRODUCT_GAP] = product_gap(values, weights, combined)
+        if self.options.balance is not None:
+            total = sum(weights[client] for client in sorted(weights))
+            facts |= {f"{client}{SHARE}": weights[client] / total for client in sorted(weights)}
         kept = self.ranks.told(state, values, ranks)
         return replace(state, shared=stepped, optimizer=optimizer, clients=kept, facts=facts)
 

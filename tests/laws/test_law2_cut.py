@@ -24,7 +24,7 @@ def gradients(
         inputs = inputs.after(core.apply_to(mine, inputs))
     loss = cross_entropy(inputs.x, batch.targets, batch.places).mean()
     loss.backward()  # type: ignore[no-untyped-call]
-    return float(loss), {n: p.grad for n, p in params.items() if p.grad is not None}
+    return loss.item(), {n: p.grad for n, p in params.items() if p.grad is not None}
 
 
 @pytest.mark.parametrize(("name", "task"), TASKS)

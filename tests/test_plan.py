@@ -265,7 +265,7 @@ def test_a_model_is_the_sum_of_small_ones(
     found = Blueprint(spec, ex.Task(kind=task), ex.Lora(rank=2, layers=layers), 5)
     model, selected = found.whole, 1 if task == "generation" else 0
     assert model.blocks == 6
-    for part, cut, grad in (("whole", 0, False), ("client", 4, False), ("server", 3, True)):
+    for part, cut, grad in (("whole", 0, False), ("client", 4.5, False), ("server", 3, True)):
         core = model.part(part, cut)  # type: ignore[arg-type]
         chosen = selected if part != "client" else 0
         for back, wanted in ((False, False), (True, grad)):

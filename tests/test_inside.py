@@ -3,24 +3,33 @@
 from typing import Any
 
 import pytest
+import torch
 
 from fedllm.errors import FedllmError
 from fedllm.ledger import total
-from small import EACH, GPT2, build, experiment, final, finish, furthest
+from fedllm.message import Message, Role
+from fedllm.strategies.activations import GRAD, H, _like
+from shared import needs_shared
+from small import BERT, GPT2, LLAMA, build, experiment, final, finish, furthest
 
 INSIDE: dict[str, Any] = {"kind": "activations", "cut": 1, "inside": 2}
+QUIET = {"evaluation": {"every": 0}}
 BOTH = {"kind": "adapter", "width": 4}  # tunables in both halves of a block
 
 
-@pytest.mark.parametrize(("name", "task"), EACH)
-@pytest.mark.parametrize(("server", "labels"), [
-    ("sequential", "server"), ("concatenated", "client"),
+@pytest.mark.parametrize(("name", "task", "server", "labels"), [
+    pytest.param(LLAMA, "generation", "concatenated", "client", id="llama",
+                 marks=needs_shared),
+    pytest.param(BERT, "classification", "sequential", "server", id="bert",
+                 marks=needs_shared),
 ])  # fmt: skip
 def test_one_client_is_joint_training(name: str, task: str, server: str, labels: str) -> None:
+    """Gradients of every family and every cut: ``laws/test_law2_cut.py``."""
     some: dict[str, Any] = {
         "simulation": {"clients": 1, "sizes": [20]}, "tunables": BOTH, "training": {"rate": 0.02},
+        **QUIET,
     }  # fmt: skip
-    strategy = {**INSIDE, "inside": 3, "server": server, "labels": labels}
+    strategy = {**INSIDE, "server": server, "labels": labels}
     split = final(experiment(name, task, strategy=strategy, **some))
     assert furthest(split, final(experiment(name, task, **some))) < 1e-5
 
@@ -30,7 +39,7 @@ def test_a_server_side_each_is_plain_averaging(labels: str) -> None:
     """Whatever the cuts, also with what optimizers remember; rows are padded."""
     some: dict[str, Any] = {
         "rounds": 2, "tunables": BOTH,
-        "training": {"rate": 0.01, "momentum": 0.9, "optimizer_state": "keep"},
+        "training": {"rate": 0.01, "momentum": 0.9, "optimizer_state": "keep"}, **QUIET,
     }  # fmt: skip
     split = {**INSIDE, "cut": [1, 2, 1], "server": "per-client", "labels": labels}
     assert furthest(final(experiment(GPT2, strategy=split, **some)),
@@ -41,6 +50,7 @@ def test_clients_side_by_side_draw_what_each_would_alone() -> None:
     some: dict[str, Any] = {
         "strategy": {**INSIDE, "server": "per-client"},
         "tunables": {"kind": "lora", "rank": 2, "dropout": 0.2, "targets": ["c_attn", "c_fc"]},
+        **QUIET,
     }  # fmt: skip
     alone = {"cohort": 1, "sizes": [12, 8, 4]}
     ends = [final(experiment(GPT2, simulation=one, **some)) for one in ({}, alone)]
@@ -49,7 +59,9 @@ def test_clients_side_by_side_draw_what_each_would_alone() -> None:
 
 def test_one_step_on_all_batches_is_that_of_an_ordinary_cut() -> None:
     """A server that joins the clients' gradients on the way: with plain SGD it is one model's."""
-    some: dict[str, Any] = {"tunables": BOTH, "training": {"batch_size": 100, "rate": 0.05}}
+    some: dict[str, Any] = {
+        "tunables": BOTH, "training": {"batch_size": 100, "rate": 0.05}, **QUIET,
+    }  # fmt: skip
     ends = [
         final(experiment(GPT2, strategy={**INSIDE, "inside": n, "server": "concatenated"}, **some))
         for n in (0, 3)
@@ -62,7 +74,7 @@ def test_one_step_on_all_batches_is_that_of_an_ordinary_cut() -> None:
 def test_hidden_states_cross_twice_for_each_split_block(inside: int, labels: str) -> None:
     """Of the last way down nothing crosses where the server goes on above."""
     strategy = {**INSIDE, "inside": inside, "labels": labels}
-    built = build(experiment(GPT2, strategy=strategy, evaluation={"every": 0}))
+    built = build(experiment(GPT2, strategy=strategy, **QUIET))
     finish(built)
     rows = [row for row in built.ledger.rows if row.step != "eval"]
     home = labels == "client"
@@ -90,6 +102,18 @@ def test_attention_lies_at_the_client_and_feed_forward_at_the_server() -> None:
     for name in built.model.initial:
         block = int(name.split(".h.")[1].split(".")[0]) if ".h." in name else 9
         assert (name in mine) == (block < 1 or (block < 3 and ".attn." in name))
+
+
+@pytest.mark.parametrize(("name", "shape", "good"), [
+    (GRAD, (3, 2), True), (GRAD, (2, 2), False), (H, (3, 2), False),
+])  # fmt: skip
+def test_replies_of_other_tokens_are_refused(name: str, shape: tuple[int, ...], good: bool) -> None:
+    """Between the first and the last crossing a reply has the shape of what it answers."""
+    asked = Message("c4", tensors={GRAD: torch.zeros(3, 2)}, roles={GRAD: Role.GRADIENT})
+    reply = Message(
+        "c5", tensors={name: torch.zeros(shape)}, roles={name: Role.GRADIENT}, client="a"
+    )
+    assert (_like({"a": asked}, GRAD, GRAD)(reply) == "") is good
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -399,9 +399,9 @@ class Activations:
                      for cut in sorted(set(cuts.values()))}  # fmt: skip
             sides = {client: above[cut] for client, cut in cuts.items()}
             together = common.reserved
-        all_of_it = sum(map(held_bytes, self._server(lowest))) + together
+        everything = sum(map(held_bytes, self._server(lowest))) + together
         for half in (half for one in sides.values() for half in one.pieces):
-            half.beside = all_of_it - held_bytes(half.core) - half.learner.reserved
+            half.beside = everything - held_bytes(half.core) - half.learner.reserved
         return sides
 
     def _turns(self, alive: Alive, rng: np.random.Generator) -> Iterator[tuple[list[str], bool]]:

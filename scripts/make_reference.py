@@ -279,6 +279,9 @@ MEANING = {
                   "2, 4, 8, 16, 32 and the file's",
     "plan.cuts": "cuts that it tries; empty: after one block and at the quarters",
     "plan.public_sizes": "public rows a round that it tries; empty: a tenth, half, all",
+    "plan.codecs": "codecs that it tries for what a strategy is about (parameters; logits or "
+                   "features; activations and gradients) beside the file's own, the better ones "
+                   "first",
     "plan.sites": "clients that are alike; together as many as `simulation.clients`",
     "plan.server": "the server",
     "plan.sites.name": "what a plan calls them; without it by their number",

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedllm import costs, federation
 from fedllm import experiment as ex
 from fedllm.codecs import CODECS, SIZED, chosen, codec
-from fedllm.codecs.base import MOST, SIZE, weight
+from fedllm.codecs.base import MOST, SIZE, Codec, weight
 from fedllm.codecs.packed import Zstd
 from fedllm.errors import FedllmError
 from fedllm.exchange import decode, encode
@@ -174,6 +174,16 @@ def test_with_feedback_the_sum_of_what_is_sent_is_that_of_the_truth(name: str) -
     assert share[119] < min(0.15, 0.6 * share[29])
     if name not in ("random-20+feedback", "topk-10+int8-stochastic+zstd+feedback"):
         assert float((truth - sent).norm()) <= float((truth - forgot).norm())
+
+
+def test_every_codec_says_what_it_loses() -> None:
+    names = [*CODECS, *(f"{kind}-5" for kind in SIZED)]
+    assert all(codec(name).loses != Codec.loses for name in names)
+    assert codec("none").loses == codec("zstd").loses == "nothing"
+    assert codec("topk-5+int8+zstd+feedback").loses == (
+        "all but 5 % of the numbers, then up to half a step of each row's range, of 255, which is "
+        "added to the next message"
+    )
 
 
 def test_a_stack_is_one_codec_after_the_other() -> None:

@@ -507,7 +507,8 @@ def test_an_impossible_strategy_says_why() -> None:
 
 @pytest.fixture(scope="module")
 def choices() -> list[Choice]:
-    spec = described(3, ranks=[1, 4, 16], public_sizes=[5, 50, 500], cuts=[1, 3])
+    spec = described(3, ranks=[1, 4, 16], public_sizes=[5, 50, 500], cuts=[1, 3],
+                     codecs=["int8", "int4"])  # fmt: skip
     return advise.every(spec, sizes(spec))
 
 
@@ -524,7 +525,11 @@ def test_flops_of_a_rank_follow_from_two_others(choices: list[Choice]) -> None:
 def test_bytes_rise_with_the_rank(choices: list[Choice]) -> None:
     """P-05."""
     for strategy, cut, labels in (("parameters", 0, ""), ("activations", 1, "server")):
-        same = [c for c in choices if (c.strategy, c.cut, c.labels) == (strategy, cut, labels)]
+        same = [
+            c
+            for c in choices
+            if (c.strategy, c.cut, c.labels, c.codec) == (strategy, cut, labels, "")
+        ]
         sent = [c.cost("bytes") for c in sorted(same, key=lambda c: c.rank)]
         assert len(sent) == 3
         assert sent == sorted(set(sent))
@@ -545,7 +550,7 @@ def obvious(choices: list[Choice], limits: Limits) -> tuple[Choice | None, list[
         if "weights" in limits.stay and c.strategy != "logits":
             good = False
         if good:
-            fitting.append((c, tuple(values.values())))
+            fitting.append((c, (*values.values(), ["", "int8", "int4"].index(c.codec))))
     front = []
     for c, mine in fitting:
         beaten = False
@@ -563,6 +568,8 @@ def obvious(choices: list[Choice], limits: Limits) -> tuple[Choice | None, list[
             mine_ = [c for c in mine_ if c.tunable == largest]
             most_public = max(c.public for c in mine_)
             mine_ = [c for c in mine_ if c.public == most_public]
+            finest = min(["", "int8", "int4"].index(c.codec) for c in mine_)
+            mine_ = [c for c in mine_ if c.codec == ["", "int8", "int4"][finest]]
             top = min(mine_, key=lambda c: (c.line.up + c.line.down, c.line.flops, c.line.seconds))
     return top, front
 
@@ -595,7 +602,7 @@ def test_every_choice_is_what_its_own_file_costs(seed: int) -> None:
         ranks=[rng.randint(1, 9)], cuts=[rng.randint(1, 3)], public_sizes=[rng.randint(1, 90)],
     )  # fmt: skip
     found = advise.advise(spec, advise.parse(["bytes=1MB"]))
-    assert len(found.choices) == 4
+    assert len(found.choices) == 8
     for choice in found.choices:
         strategy: ex.Strategy = ex.Parameters()
         if choice.strategy == "logits":
@@ -605,6 +612,8 @@ def test_every_choice_is_what_its_own_file_costs(seed: int) -> None:
         alone = spec.replace(
             tunables=ex.Lora(rank=choice.rank), strategy=strategy,
             plan=spec.plan.model_copy(update={"public_rows": choice.public or 50}),
+            exchange=ex.Exchange(codecs=dict.fromkeys(advise.SENT[choice.strategy], choice.codec))  # type: ignore[arg-type]
+            if choice.codec else ex.Exchange(),
         )  # fmt: skip
         line = next(x for x in plan.look(alone).lines if x.strategy == choice.strategy)
         assert replace(line, shares=()) == replace(choice.line, shares=())
@@ -617,6 +626,27 @@ def test_rejections_name_every_limit_and_value(choices: list[Choice]) -> None:
     said = advise.broken(split, limits)
     assert [text.split()[0] for text in said] == ["bytes", "memory", "deadline", "labels"]
     assert "> 1.00 kB" in said[0]
+
+
+def test_under_a_limit_a_codec_or_a_lower_rank_is_offered_with_its_price(
+    choices: list[Choice],
+) -> None:
+    spec = described(3).replace(tunables=ex.Lora(rank=16))
+    some = [c for c in choices if c.strategy == "parameters"]
+    cost = {(c.rank, c.codec): c.cost("bytes") for c in some}
+    prices = {}
+    for rank, codec in ((16, ""), (16, "int8"), (16, "int4"), (1, "int4")):
+        found = advise.budget(some, cost[rank, codec])
+        assert found is not None and (found.rank, found.codec) == (rank, codec)
+        prices[rank, codec] = advise.price(found, spec)
+    assert prices[16, ""] == ()
+    (coarse,) = prices[16, "int8"]
+    assert coarse == "parameters as int8: loses up to half a step of each row's range, of 255"
+    assert prices[1, "int4"][0].startswith("rank 1 instead of 16: ")
+    logits = next(c for c in choices if c.strategy == "logits" and not c.codec and c.rank == 16)
+    assert advise.price(logits, spec) == (
+        "logits instead of parameters, which the paper found more accurate",
+    )
 
 
 def test_machines_too_small_are_named() -> None:

@@ -236,6 +236,11 @@ def inexact(codecs: Codecs) -> list[str]:
     return sorted(name for name in named if not codec(name).exact)
 
 
+def loses(name: str) -> str:
+    """What a codec takes from a number, in words."""
+    return codec(name).loses
+
+
 def header(
     sent: Mapping[str, Sequence[int]], role: str | Mapping[str, str] = "", step: str = "a1",
     task: str = "", facts: dict[str, Fact] | None = None, run: str = "", client: str = "",

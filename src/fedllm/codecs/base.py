@@ -33,10 +33,12 @@ class Codec(ABC):
 
     whole: in a stack it takes every part of the codec before it, else those of floating-point
     numbers.  exact: bytes follow from the shape alone; else ``layout`` is an upper bound.
+    loses: what it takes from a number, in words.
     """
 
     whole = False
     exact = True
+    loses = "what its author knows"
 
     @abstractmethod
     def encode(

@@ -13,6 +13,8 @@ from fedllm.codecs.base import Codec, Layout, Parts, Shape, State
 class Identity(Codec):
     """As it is."""
 
+    loses = "nothing"
+
     def encode(
         self, state: State, x: Tensor, purpose: tuple[object, ...] = ()
     ) -> tuple[State, Parts]:
@@ -40,6 +42,7 @@ class Half(Codec):
     def __init__(self, kind: torch.dtype) -> None:
         """kind: float16 or bfloat16."""
         self.kind, self.limit = kind, torch.finfo(kind).max
+        self.loses = f"up to 2^-{11 if kind is torch.float16 else 8} of each number"
 
     def encode(
         self, state: State, x: Tensor, purpose: tuple[object, ...] = ()

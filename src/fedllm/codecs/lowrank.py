@@ -25,6 +25,7 @@ class LowRank(Codec):
     def __init__(self, rank: float) -> None:
         """rank: q."""
         self.least = int(rank)
+        self.loses = f"singular values of a matrix beyond the first {self.least}"
 
     def rank(self, values: Tensor) -> int:
         """How many of these singular values, the largest first, are kept."""
@@ -77,6 +78,7 @@ class Energy(LowRank):
         """percent: 100 T."""
         super().__init__(1)
         self.share = percent / 100
+        self.loses = f"up to {100 - percent:g} % of a matrix's energy"
 
     def rank(self, values: Tensor) -> int:
         """The first at which enough is kept."""

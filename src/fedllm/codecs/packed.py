@@ -26,6 +26,7 @@ class Zstd(Codec):
     at most 64 more for n bytes, with 2 for the kind and 8 a dimension.
     """
 
+    loses = "nothing"
     whole = True
     exact = False
 

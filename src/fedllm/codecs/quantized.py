@@ -40,6 +40,8 @@ class Uniform(Codec):
         """bits: a number's.  along: what shares a range."""
         self.bits, self.along, self.stochastic = bits, along, stochastic
         self.steps = 2**bits - 1
+        part = "a step" if stochastic else "half a step"
+        self.loses = f"up to {part} of each {along}'s range, of {self.steps}"
 
     def encode(
         self, state: State, x: Tensor, purpose: tuple[object, ...] = ()

@@ -21,6 +21,8 @@ class Sign(Codec):
     infinity in it comes out so altogether.
     """
 
+    loses = "all but each number's sign"
+
     def encode(
         self, state: State, x: Tensor, purpose: tuple[object, ...] = ()
     ) -> tuple[State, Parts]:

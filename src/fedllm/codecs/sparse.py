@@ -35,6 +35,7 @@ class Sparse(Codec):
     def __init__(self, percent: float) -> None:
         """percent: P."""
         self.percent = percent
+        self.loses = f"all but {percent:g} % of the numbers"
 
     def kept(self, n: int) -> int:
         """How many of n numbers travel."""

@@ -24,6 +24,7 @@ class Stack(Codec):
         """stages: in the order of encoding."""
         self.stages = list(stages)
         self.exact = all(stage.exact for stage in stages)
+        self.loses = ", then ".join(s.loses for s in stages if s.loses != "nothing") or "nothing"
 
     def biased(self) -> Stack:
         """Of stages that are."""
@@ -88,6 +89,7 @@ class Feedback(Codec):
         """inner: what leaves something out."""
         self.inner = inner.biased()
         self.exact = inner.exact
+        self.loses = f"{inner.loses}, which is added to the next message"
 
     def encode(
         self, state: State, x: Tensor, purpose: tuple[object, ...] = ()

@@ -1,14 +1,15 @@
-"""Which strategy, rank, cut and public set fit what there is: every choice, and why not."""
+"""Which strategy, rank, cut, public set and codec fit what there is: every choice, and why not."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fedllm import experiment as ex
-from fedllm.costs import Blueprint
+from fedllm.costs import Blueprint, loses
 from fedllm.errors import FedllmError, nearest
 from fedllm.estimates.estimator import Estimator
 from fedllm.estimates.lines import Line, line
@@ -35,6 +36,11 @@ EXAMPLES = {
 }  # fmt: skip
 STAYS = ("labels", "weights")
 ACCURACY = ("parameters", "activations", "logits")  # the order of the paper's Table I
+SENT = {
+    "parameters": ("parameter",), "logits": ("logit", "feature"),
+    "activations": ("activation", "gradient"),
+}  # fmt: skip
+"""Roles of what a strategy is about; whatever else it sends travels as the file has it."""
 FRONT = ("bytes", "flops", "memory", "deadline")
 
 
@@ -84,6 +90,8 @@ class Choice:
 
     rank: what the tunables' size is called.  public: rows a round.  tunable: trained numbers.
     sends_weights, sends_labels: whether private ones leave a client.  broken: why it is rejected.
+    codec: of what the strategy is about (``SENT``); empty: the file's own.  coarse: its place among
+    those that are tried; 0: the file's own.
     """
 
     strategy: str
@@ -96,6 +104,8 @@ class Choice:
     sends_weights: bool
     sends_labels: bool
     broken: tuple[str, ...] = ()
+    codec: str = ""
+    coarse: int = 0
 
     @property
     def name(self) -> str:
@@ -105,6 +115,8 @@ class Choice:
             more += f", cut {self.cut}, labels at the {self.labels}"
         if self.strategy == "logits":
             more += f", {self.public:,} public rows"
+        if self.codec:
+            more += f", {self.codec}"
         return f"{self.strategy} ({more})"
 
     def cost(self, what: str) -> float:
@@ -144,7 +156,10 @@ def _shown(key: str, value: float) -> str:
 
 
 def front(choices: Sequence[Choice]) -> list[Choice]:
-    """Those that no other one beats in bytes, FLOPs and memory of a client, seconds of a round."""
+    """
+    Those that no other one beats in bytes, FLOPs and memory of a client, seconds of a round, and
+    in the place of its codec.
+    """
     return [one for one in choices if not any(_beats(other, one) for other in choices)]
 
 
@@ -155,7 +170,7 @@ def _beats(a: Choice, b: Choice) -> bool:
 
 
 def _costs(choice: Choice) -> tuple[float, ...]:
-    return tuple(choice.cost(key) for key in FRONT)
+    return (*(choice.cost(key) for key in FRONT), choice.coarse)
 
 
 def worth(choice: Choice) -> tuple[float, ...]:
@@ -163,11 +178,12 @@ def worth(choice: Choice) -> tuple[float, ...]:
     What the advisor prefers, the larger the better.
 
     First the paper's order of accuracy (Table I: parameters, activations, logits), then the number
-    of trained weights, then public rows, then fewer bytes, fewer FLOPs, fewer seconds.
+    of trained weights, then public rows, then the file's own codec before the others in their
+    order, then fewer bytes, fewer FLOPs, fewer seconds.
     """
     return (
         -ACCURACY.index(choice.strategy), choice.tunable, choice.public,
-        -choice.cost("bytes"), -choice.cost("flops"), -choice.cost("deadline"),
+        -choice.coarse, -choice.cost("bytes"), -choice.cost("flops"), -choice.cost("deadline"),
     )  # fmt: skip
 
 
@@ -181,14 +197,33 @@ def budget(choices: Iterable[Choice], most: float) -> Choice | None:
     return best(c for c in choices if not c.line.refused and c.cost("bytes") <= most)
 
 
+def price(choice: Choice, experiment: ex.Experiment) -> tuple[str, ...]:
+    """What a choice gives up of what the file asks for, in words."""
+    found, own, key = [], experiment.strategy.kind, SIZE.get(experiment.tunables.kind)
+    if own in ACCURACY and ACCURACY.index(choice.strategy) > ACCURACY.index(own):
+        found.append(f"{choice.strategy} instead of {own}, which the paper found more accurate")
+    size_ = getattr(experiment.tunables, key) if key else 0
+    if choice.rank < size_:
+        found.append(f"{key} {choice.rank} instead of {size_}: {choice.tunable:,} trained numbers")
+    if choice.codec:
+        roles = " and ".join(f"{role}s" for role in SENT[choice.strategy])
+        found.append(f"{roles} as {choice.codec}: loses {loses(choice.codec)}")
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Advice:
-    """What fits: the choice worth most, the front of all that fit, and everything looked at."""
+    """
+    What fits: the choice worth most, the front of all that fit, and everything looked at.
+
+    price: what the best one gives up of what the file asks for.
+    """
 
     best: Choice | None
     front: tuple[Choice, ...]
     choices: tuple[Choice, ...]
     limits: Limits
+    price: tuple[str, ...] = ()
 
 
 def advise(experiment: ex.Experiment, limits: Limits, data: Sizes | None = None) -> Advice:
@@ -199,7 +234,9 @@ def advise(experiment: ex.Experiment, limits: Limits, data: Sizes | None = None)
         replace(choice, broken=broken(choice, limits, memory)) for choice in every(experiment, data)
     ]
     fitting = [choice for choice in found if not choice.broken]
-    return Advice(best(found), tuple(front(fitting)), tuple(found), limits)
+    top = best(found)
+    paid = () if top is None else price(top, experiment)
+    return Advice(top, tuple(front(fitting)), tuple(found), limits, paid)
 
 
 def every(experiment: ex.Experiment, data: Sizes) -> list[Choice]:
@@ -226,20 +263,31 @@ def every(experiment: ex.Experiment, data: Sizes) -> list[Choice]:
 
 def _of_rank(estimator: Estimator, rank: int, data: Sizes) -> list[Choice]:
     """All choices with tunables of this size."""
-    experiment, found = estimator.experiment, []
+    experiment = estimator.experiment
     parameters, logits, split = options(experiment)
-    found.append(_choice(estimator, parameters, rank, data))
+    listed: list[tuple[ex.Strategy, Sizes]] = [(parameters, data)]
     for count in public_sizes(experiment, data):
-        some = replace(data, public=data.public.resized(count))
-        found.append(_choice(estimator, logits, rank, some))
+        listed.append((logits, replace(data, public=data.public.resized(count))))
     for cut in cuts(experiment, estimator.model.blocks):
         for labels in ("server", "client"):
-            changed = split.model_copy(update={"cut": cut, "labels": labels})
-            found.append(_choice(estimator, changed, rank, data))
-    return found
+            listed.append((split.model_copy(update={"cut": cut, "labels": labels}), data))
+    return [
+        _choice(estimator, spec, rank, some, coarse, name)
+        for spec, some in listed for coarse, name in codecs(experiment, spec.kind)
+    ]  # fmt: skip
 
 
-def _choice(estimator: Estimator, spec: ex.Strategy, rank: int, data: Sizes) -> Choice:
+def codecs(experiment: ex.Experiment, strategy: str) -> list[tuple[int, str]]:
+    """Codecs to try for what a strategy is about, with their places; the file's own first."""
+    given: dict[str, Any] = dict(experiment.exchange.codecs.items())
+    own = [given.get(role, "none") for role in SENT[strategy]]
+    tried = [name for name in experiment.plan.codecs if any(one != name for one in own)]
+    return list(enumerate(["", *dict.fromkeys(tried)]))
+
+
+def _choice(
+    estimator: Estimator, spec: ex.Strategy, rank: int, data: Sizes, coarse: int, codec: str
+) -> Choice:
     model = estimator.model
     weights, labels, cut, where = spec.kind == "parameters", False, 0, ""
     if isinstance(spec, ex.Activations):
@@ -251,20 +299,28 @@ def _choice(estimator: Estimator, spec: ex.Strategy, rank: int, data: Sizes) -> 
         weights = weights or head
     public = len(data.public.lengths) if spec.kind == "logits" else 0
     count = sum(tensor.numel() for tensor in model.initial.values())
+    with _asked(estimator, spec.kind, codec):
+        found = line(estimator, spec, data)
     return Choice(
-        spec.kind, rank, cut, where, public, count, _line(estimator, spec, data), weights, labels
+        spec.kind, rank, cut, where, public, count, found, weights, labels, (), codec, coarse
     )  # fmt: skip
 
 
-def _line(estimator: Estimator, spec: ex.Strategy, data: Sizes) -> Line:
-    """The line of a choice; a public set of this size is used whole every round."""
-    if spec.kind != "logits":
-        return line(estimator, spec, data)
+@contextmanager
+def _asked(estimator: Estimator, strategy: str, codec: str) -> Iterator[None]:
+    """Inside, the experiment is that of a choice; all public rows are used every round."""
     before = estimator.experiment
-    public = before.public.model_copy(update={"rows_per_round": None, "choose": "random"})
-    estimator.experiment = before.replace(public=public)
+    changed: dict[str, Any] = {}
+    if strategy == "logits":
+        every = {"rows_per_round": None, "choose": "random"}
+        changed["public"] = before.public.model_copy(update=every)
+    if codec:
+        mine: dict[str, Any] = dict(before.exchange.codecs.items())
+        mine |= dict.fromkeys(SENT[strategy], codec)
+        changed["exchange"] = before.exchange.model_copy(update={"codecs": mine})
+    estimator.experiment = before.model_copy(update=changed)  # ``line`` checks it
     try:
-        return line(estimator, spec, data)
+        yield
     finally:
         estimator.experiment = before
 

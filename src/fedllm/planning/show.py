@@ -71,7 +71,8 @@ def _advice(advice: Advice) -> list[str]:
     found = advice.best
     if found is None:
         return ["nothing fits; every choice breaks a limit"]
-    return [f"fits best: {found.name}, {size(found.cost('bytes'))} a client and round"]
+    said = f"fits best: {found.name}, {size(found.cost('bytes'))} a client and round"
+    return [said, *(f"its price: {text}" for text in advice.price)]
 
 
 def known(form: str) -> None:
@@ -124,6 +125,7 @@ def as_data(plan: Plan, advice: Advice | None) -> dict[str, Any]:
     if advice is not None:
         found["advice"] = {
             "best": advice.best and _plain(advice.best),
+            "price": list(advice.price),
             "front": [_plain(choice) for choice in advice.front],
             "rejected": [_plain(choice) for choice in advice.choices if choice.broken],
         }
@@ -134,7 +136,8 @@ def _plain(choice: Choice) -> dict[str, Any]:
     costs = {key: choice.cost(key) for key in ("bytes", "flops", "memory", "deadline")}
     return {
         "name": choice.name, "strategy": choice.strategy, "rank": choice.rank, "cut": choice.cut,
-        "labels": choice.labels, "public": choice.public, **costs, "broken": list(choice.broken),
+        "labels": choice.labels, "public": choice.public, "codec": choice.codec, **costs,
+        "broken": list(choice.broken),
     }  # fmt: skip
 
 

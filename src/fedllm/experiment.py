@@ -956,7 +956,7 @@ class Plan(Section):
     ranks: tuple[Positive, ...] = ()
     cuts: tuple[Positive, ...] = ()
     public_sizes: tuple[Positive, ...] = ()
-    codecs: tuple[Annotated[str, AfterValidator(_codec)], ...] = ("int8",)
+    codecs: tuple[Annotated[str, BeforeValidator(_codec)], ...] = ("int8",)
     sites: tuple[PlanSite, ...] = ()
     server: PlanServer = PlanServer()
 

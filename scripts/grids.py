@@ -59,13 +59,18 @@ def _said(key: str, value: Any, plain: Any) -> list[str]:
     """A setting in words; of a table, what is otherwise than in the first point's."""
     if key == "kind":
         return [_word(value)]
+    short = key.rpartition(".")[2]
     if not isinstance(value, Mapping):
-        return [f"{key.rpartition('.')[2]} {_word(value)}"]
+        return [f"{short} {_word(value)}"]
+    if value and all(str(name).isdigit() for name in value):
+        return [f"{short} " + "/".join(f"{name}:{one}" for name, one in value.items())]
     told = plain if isinstance(plain, Mapping) and plain != value else {}
     said = [part for name, one in value.items() if one != told.get(name)
             for part in _said(name, one, told.get(name))]  # fmt: skip
     gone = [f"no {name}" for name in told if name not in value]
-    return said + gone or [f"{key.rpartition('.')[2]} none"]
+    if said and not isinstance(plain, Mapping):
+        said[0] = f"{short} {said[0]}"
+    return said + gone or [f"{short} none"]
 
 
 def label(settings: Mapping[str, Any], plain: Mapping[str, Any]) -> str:

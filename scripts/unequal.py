@@ -35,10 +35,16 @@ GRIDS = {  # of the table, in its order
     "rules": "Ranks 2, 4, 8, 16, 32 over five clients (P-06 to P-09, P-14)",
     "schedule": "Ranks that change over the rounds (P-10)",
     "optimizers": "Optimizers (P-30)",
+    "slora": "Single weights first, then LoRA (P-13)",
+    "balance": "One client's labels are shuffled (P-07)",
+    "inside": "Blocks split inside (S-04)",
 }
-EXPECTED = {  # grid: what the catalogue expects of its later lines against the first
-    "rules": "P-06 to P-09: better than filling up with zeros",
-    "optimizers": "P-30: better than FedAvg where labels are skewed",
+EXPECTED = {  # grid: what the catalogue expects of the later lines with the one word and
+    # without the other, against the first
+    "rules": ("P-06 to P-09: better than filling up with zeros", "aggregation", "ranks none"),
+    "optimizers": ("P-30: better than FedAvg where labels are skewed", "", "-"),
+    "slora": ("P-13: better than LoRA alone where labels are skewed", "sparse", "-"),
+    "balance": ("P-07: better than FedAvg beside clients of shuffled labels", "balance", "-"),
 }
 TICKS = (50, 100, 200, 400, 800)  # kB
 
@@ -64,8 +70,9 @@ def verdicts(found: Mapping[str, list[Line]]) -> list[list[str]]:
     """What was expected of each line beside what was measured."""
     return [
         verdict(f"{expected}: {line.label}", gaps(line.server, found[grid][0].server))
-        for grid, expected in EXPECTED.items()
+        for grid, (expected, word, but) in EXPECTED.items()
         for line in found.get(grid, [])[1:]
+        if word in line.label and but not in line.label
     ]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from fedllm import experiment as ex
 from fedllm import sweep
 from fedllm.compare import read
+from fedllm.errors import FedllmError
 from fedllm.report import tables
 
 NAN = float("nan")
@@ -226,6 +228,29 @@ def scatter(
     if some:
         axes.legend(fontsize=7, frameon=False, loc="upper center", ncols=2,
                     bbox_to_anchor=(0.5, -0.13))  # fmt: skip
+
+
+def command(
+    usage: str | None, target: str, grids: Iterable[str],
+    write: Callable[[dict[str, list[Line]], Path, Path], None],
+) -> None:  # fmt: skip
+    """
+    A study's command, with the folder of the runs and that of its page.
+
+    target: of make, which makes the runs.  write: the page, from the grids that have lines, the
+    folder of the runs and its own.
+    """
+    if len(sys.argv) != 3:
+        sys.exit(usage)
+    runs, out = Path(sys.argv[1]), Path(sys.argv[2])
+    try:
+        found = {grid: some for grid in grids if (some := lines(runs / grid))}
+        if not found:
+            raise FedllmError(f"{runs}: no finished runs here; 'make {target}' makes them")
+        out.mkdir(parents=True, exist_ok=True)
+        write(found, runs, out)
+    except FedllmError as error:
+        sys.exit(f"error: {error}")
 
 
 def write_csv(found: Mapping[str, list[Line]], path: Path) -> None:

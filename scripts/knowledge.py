@@ -9,7 +9,6 @@ point of each is what its others are compared with, seed by seed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from grids import (
     Line,
     column,
+    command,
     gain,
     gaps,
     lines,
@@ -29,7 +29,6 @@ from grids import (
 )
 from matplotlib.figure import Figure
 
-from fedllm.errors import FedllmError
 from fedllm.report import tables
 
 GRIDS = {  # of the table, in its order
@@ -131,24 +130,13 @@ def page(found: Mapping[str, list[Line]], alone: Sequence[Line]) -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    """Read what is there and write the page."""
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    runs, out = Path(sys.argv[1]), Path(sys.argv[2])
-    found = {grid: lines(runs / grid) for grid in GRIDS}
-    found = {grid: some for grid, some in found.items() if some}
-    if not found:
-        raise FedllmError(f"{runs}: no finished runs here; 'make knowledge' makes them")
+def write(found: dict[str, list[Line]], runs: Path, out: Path) -> None:
+    """The page, its picture and its numbers."""
     alone = lines(runs / ALONE)
-    out.mkdir(parents=True, exist_ok=True)
     draw(found, out / "front.svg")
     write_csv({**found, **({ALONE: alone} if alone else {})}, out / "study.csv")
     (out / "README.md").write_text(page(found, alone))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FedllmError as error:
-        sys.exit(f"error: {error}")
+    command(__doc__, "knowledge", GRIDS, write)

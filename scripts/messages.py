@@ -10,17 +10,16 @@ first point of each sends float32, and the others are compared with it, seed by 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from grids import (
     Line,
     column,
+    command,
     front,
     gain,
     gaps,
-    lines,
     scatter,
     spread,
     table,
@@ -29,7 +28,6 @@ from grids import (
 )  # fmt: skip
 from matplotlib.figure import Figure
 
-from fedllm.errors import FedllmError
 from fedllm.report import tables
 
 GRIDS = {  # of the table, in its order
@@ -108,15 +106,8 @@ def page(found: Mapping[str, list[Line]]) -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    """Read what is there and write the page."""
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    runs, out = Path(sys.argv[1]), Path(sys.argv[2])
-    found = {grid: some for grid in GRIDS if (some := lines(runs / grid))}
-    if not found:
-        raise FedllmError(f"{runs}: no finished runs here; 'make messages' makes them")
-    out.mkdir(parents=True, exist_ok=True)
+def write(found: dict[str, list[Line]], runs: Path, out: Path) -> None:
+    """The page, its pictures and its numbers."""
     for grid in DRAWN:
         if grid in found:
             draw(grid, found[grid], out / f"{grid}.svg")
@@ -125,7 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FedllmError as error:
-        sys.exit(f"error: {error}")
+    command(__doc__, "messages", GRIDS, write)

@@ -9,7 +9,6 @@ point of each is what its others are compared with, seed by seed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from grids import (
     Column,
     Line,
     column,
+    command,
     gain,
     gaps,
-    lines,
     scatter,
     table,
     times,
@@ -28,7 +27,6 @@ from grids import (
 )  # fmt: skip
 from matplotlib.figure import Figure
 
-from fedllm.errors import FedllmError
 from fedllm.report import tables
 
 GRIDS = {  # of the table, in its order
@@ -107,22 +105,12 @@ def page(found: Mapping[str, list[Line]]) -> str:
     ])  # fmt: skip
 
 
-def main() -> None:
-    """Read what is there and write the page."""
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    runs, out = Path(sys.argv[1]), Path(sys.argv[2])
-    found = {grid: some for grid in GRIDS if (some := lines(runs / grid))}
-    if not found:
-        raise FedllmError(f"{runs}: no finished runs here; 'make unequal' makes them")
-    out.mkdir(parents=True, exist_ok=True)
+def write(found: dict[str, list[Line]], runs: Path, out: Path) -> None:
+    """The page, its picture and its numbers."""
     draw(found, out / "front.svg")
     write_csv(found, out / "study.csv")
     (out / "README.md").write_text(page(found))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FedllmError as error:
-        sys.exit(f"error: {error}")
+    command(__doc__, "unequal", GRIDS, write)

@@ -107,6 +107,13 @@ def test_a_plan_knows_both_stages() -> None:
     assert line.memory == pytest.approx(max(r.peak_memory for r in rows), rel=0.2)
 
 
+def test_a_codec_may_name_a_tunable_of_either_stage() -> None:
+    for name in (LAYER + SPARSE, f"{LAYER}.lora_B.default.weight"):
+        build(slora(exchange={"codecs": {"parameter": {name: "int8"}}}))
+    with pytest.raises(FedllmError, match="is no tunable; did you mean"):
+        build(slora(exchange={"codecs": {"parameter": {LAYER + ".sparsely": "int8"}}}))
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [

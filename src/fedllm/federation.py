@@ -291,12 +291,13 @@ def _named(experiment: ex.Experiment, model: LanguageModel) -> None:
         experiment.strategy, ex.Parameters | ex.Activations
     ):
         return
+    there = {n for one in (model, model.before) if one is not None for n in one.initial}
     for key in table:
         name = key.rpartition(":")[2]
-        if key not in ex.WAYS and not set(name) & set("*?[") and name not in model.initial:
+        if key not in ex.WAYS and not set(name) & set("*?[") and name not in there:
             raise FedllmError(
                 f"exchange.codecs.parameter: {key!r} is no tunable; "
-                f"{nearest(key, [*ex.WAYS, *model.initial])}"
+                f"{nearest(key, [*ex.WAYS, *sorted(there)])}"
             )
 
 

@@ -116,6 +116,15 @@ def test_replies_of_other_tokens_are_refused(name: str, shape: tuple[int, ...], 
     assert (_like({"a": asked}, GRAD, GRAD)(reply) == "") is good
 
 
+def test_half_of_the_blocks_need_not_do_where_all_clients_have_cuts_of_their_own() -> None:
+    """Of 4 blocks 3 can be split above a cut at 1, which is every client's here."""
+    built = build(experiment(GPT2, strategy={**INSIDE, "inside": 3, "cut": [1, 1, 1]}))
+    split: Any = built.strategy
+    assert split._cuts(list(built.worker.sites)) == dict.fromkeys(built.worker.sites, 1)
+    with pytest.raises(FedllmError, match="2 of them below the cut"):  # who has none has half
+        build(experiment(GPT2, strategy={**INSIDE, "inside": 3, "cut": {"client-1": 1}}))
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"inside": 4}, r"strategy.inside = 4: the model has 4 blocks, 1 of them below .* 0 to 3"),
     ({"cut": [1, 3]}, r"strategy.inside = 2: .* 3 of them below the cut; expected 0 to 1"),

@@ -210,10 +210,12 @@ class Activations:
     ) -> None:  # fmt: skip
         """Cut the model. Raises FedllmError where it cannot be cut as asked."""
         self.options, self.setup, self.model = options, setup, model
-        self.cut = check_cut(options, model)
+        own = self._cuts(list(setup.cuts)).values()
+        check_alike(options, own)
+        # half of the blocks is nobody's cut, and may not do, where all have their own
+        self.cut = min(own) if own else check_cut(options, model)
         self.rule = RULES["mean"]
         self.home = options.labels == "client"
-        check_alike(options, self._cuts(list(setup.cuts)).values())
         self.share = options.keep_tokens
         self.slots = {*SLOTS[setup.training.optimizer], "step"}
         self.weighs = setup.training.sampling == "loss" and not self.home

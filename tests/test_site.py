@@ -53,6 +53,9 @@ def test_only_a_simulation_reads_other_rows(sites: Sites) -> None:
     strategy = ex.Logits(client_models=("builtin",))
     with pytest.raises(FedllmError, match="client_models: sites have no turn"):
         half(sites, strategy=strategy)
+    with pytest.raises(FedllmError, match="budgets: sites have no turn"):
+        half(sites, tunables=ex.Lora(budgets=({1: 10**6},)),
+             strategy=ex.Parameters(aggregation="flexlora"))  # fmt: skip
 
 
 @pytest.mark.parametrize(("cut", "said"), [

@@ -40,10 +40,13 @@ def division(
         "strategy.client_models": ("model", getattr(spec, "client_models", ())),
         "strategy.cut": ("cut", getattr(spec, "cut", ())),
         "tunables.ranks": ("rank", getattr(experiment.tunables, "ranks", ())),
+        "tunables.budgets": ("budget", getattr(experiment.tunables, "budgets", ())),
     }
     for key, (what, listed) in turns.items():
         if isinstance(listed, tuple) and listed:
-            example = {"model": '"NAME"', "cut": "2", "rank": "8"}[what]
+            example = {
+                "model": '"NAME"', "cut": "2", "rank": "8", "budget": "100_000",
+            }[what]  # fmt: skip
             raise FedllmError(
                 f"{key}: sites have no turn; expected a table that says which site has which "
                 f"{what}, e.g. {{ bank-a = {example} }}"

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from fedllm.report import tables
 
 GRIDS = {  # of the table, in its order
-    "parameters": "Updates of parameters, on the way up (P-05)",
+    "parameters": "Updates of parameters (P-05)",
     "logits": "Logits of the public rows, both ways (K-07)",
     "activations": "Hidden states and their gradients (S-07)",
     "tokens": "Half of the tokens (S-06)",
@@ -46,6 +46,7 @@ TICKS = {
 }
 UNITS = {"parameters": (1e3, "kB"), "logits": (1e3, "kB"), "activations": (1e6, "MB")}
 WAY = {"up": "sent by a client in a round", "bytes": "of a client and round, both ways"}
+SENT = {"up": "up", "bytes": "both ways"}
 TIMES, POINTS = 8, 1.0  # as many times fewer bytes, for at most so many points
 COLUMNS = (
     column("accuracy, %", "server"), gain("gain", "server"), times("up", "up"),
@@ -56,7 +57,7 @@ COLUMNS = (
 def verdicts(found: Mapping[str, list[Line]]) -> list[list[str]]:
     """The best line of each payload that sends at most an eighth."""
     listed = []
-    for grid, of in DRAWN.items():
+    for grid, of in (*DRAWN.items(), ("parameters", "bytes")):
         some = found.get(grid, [])
         small = [line for line in some
                  if getattr(line, of) * TIMES <= getattr(some[0], of)]  # fmt: skip
@@ -65,7 +66,7 @@ def verdicts(found: Mapping[str, list[Line]]) -> list[list[str]]:
             holds = 100 * statistics.fmean(gap) >= -POINTS
             listed.append([
                 f"{grid}: {line.label}", "holds" if holds else "**does not hold**",
-                f"{getattr(some[0], of) / getattr(line, of):.1f} times fewer",
+                f"{getattr(some[0], of) / getattr(line, of):.1f} times fewer {SENT[of]}",
                 f"{spread(gap, '+.1f')} points",
             ])  # fmt: skip
     return listed

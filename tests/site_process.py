@@ -49,7 +49,7 @@ def truncated(frame: bytes) -> bytes:
 
 def version(frame: bytes) -> bytes:
     """Whole and intact, of a version that does not exist yet."""
-    rest = frame[8:].replace(b'"version":2', b'"version":9', 1)
+    rest = frame[8:].replace(b'"version":3', b'"version":9', 1)
     return frame[:4] + struct.pack("<I", zlib.crc32(rest)) + rest
 
 

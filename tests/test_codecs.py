@@ -194,8 +194,7 @@ def test_a_stack_is_one_codec_after_the_other() -> None:
     assert torch.equal(there_and_back("topk-25+int8", x), by_hand)
     assert torch.equal(there_and_back("topk-25+int8+zstd", x), by_hand)
     _, whole = codec("topk-25+int8+zstd").encode({}, x)
-    assert set(whole) == {"value.level.zstd", "value.low.zstd", "value.step.zstd", "mask.zstd",
-                          "shape.zstd"}  # fmt: skip
+    assert set(whole) == {"zstd"}  # as one: each part costs a name and a shape
     low_rank = drawn((50, 2), 1) @ drawn((2, 60), 2)
     _, halves = codec("lowrank-2+fp16").encode({}, low_rank)
     assert {n: t.dtype for n, t in halves.items()} == {"left.x": torch.float16,
@@ -239,6 +238,8 @@ def test_damaged_parts_are_refused_or_a_small_tensor(
     key = sorted(parts)[which % len(parts)]
     if hurt is None:
         del parts[key]
+        if not parts:  # then the tensor is not there, which whoever asked for it notices
+            return
     else:
         parts[key] = hurt(parts[key])
     try:
@@ -255,15 +256,16 @@ def test_few_bytes_do_not_become_many() -> None:
     one = torch.ones(1)
     _, packed = Zstd().encode({}, torch.zeros(1000))
     body, lying = packed["zstd"], packed["zstd"].clone()
-    lying[2:10] = torch.tensor([10**8]).view(torch.uint8)
+    size = slice(5, 9)  # after the number of parts, a name of one letter, its kind and dimensions
+    lying[size] = torch.tensor([10**8], dtype=torch.int32).view(torch.uint8)
     more = body.clone()
-    more[2:10] = torch.tensor([MOST + 1]).view(torch.uint8)
+    more[size] = torch.tensor([MOST + 1], dtype=torch.int32).view(torch.uint8)
     level = torch.zeros(4, dtype=torch.uint8)
     drawn_by = torch.tensor([1, 2])
     for name, parts, said in (
         ("zstd", {"zstd": lying}, "4000 bytes packed for a tensor of 400000000"),
         ("zstd", {"zstd": more}, "is refused"),
-        ("zstd", {"zstd": torch.cat([body, body[10:]])}, "damaged"),
+        ("zstd", {"zstd": torch.cat([body, body[9:]])}, "damaged"),
         ("zstd", {"zstd": body[:-3]}, "damaged"),
         ("topk-10", {"value": one, "index": one.int(), "shape": shape}, "1"),
         ("random-10", {"value": one, "drawn": drawn_by, "shape": shape}, "1"),

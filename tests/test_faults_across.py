@@ -27,7 +27,7 @@ FRAMES = {  # what client-2 does to its answer in each round, and what the ledge
     1: ("flipped", "checksum differs"),
     2: ("truncated", "checksum differs"),
     3: ("replayed", "belongs to another request"),
-    4: ("version", "version 2 expected"),
+    4: ("version", "version 3 expected"),
     5: ("oversized", "1048576 may travel"),
     6: ("NaN", "NaN or infinity in"),
     7: ("shapes", "sent 'model.score.weight' with shape (1,"),

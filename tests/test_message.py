@@ -91,10 +91,10 @@ def opened() -> tuple[dict[str, Any], bytes]:
 
 def test_another_version_is_refused() -> None:
     header, body = opened()
-    with pytest.raises(FedllmError, match="version 2"):
-        unpack(framed(json.dumps({**header, "version": 3}).encode(), body))
+    with pytest.raises(FedllmError, match="version 3"):
+        unpack(framed(json.dumps({**header, "version": 2}).encode(), body))
     with pytest.raises(FedllmError, match="of this version"):
-        unpack(b"FLM1" + FRAME[4:])
+        unpack(b"FLM2" + FRAME[4:])
 
 
 values = st.recursive(
@@ -125,8 +125,8 @@ def test_whatever_a_body_holds_is_tensors_or_refused(body: bytes) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [b"[" * 10**6, b'{"version":2,"facts":' + b'{"a":' * 10**5, b'{"version":2,"round":1e999}',
-     b'{"version":2,"body":' + b"9" * 5000 + b"}"],
+    [b"[" * 10**6, b'{"version":3,"facts":' + b'{"a":' * 10**5, b'{"version":3,"round":1e999}',
+     b'{"version":3,"body":' + b"9" * 5000 + b"}"],
     ids=["deep list", "deep facts", "infinite round", "long number"],
 )  # fmt: skip
 def test_a_hostile_header_is_refused(header: bytes) -> None:
@@ -216,3 +216,17 @@ def test_the_outline_is_what_unpacking_says() -> None:
     found, roles = message.outline(pack(sent))
     assert (found["step"], found["task"], found["round"], found["facts"]) == ("s", "t", 3, {"x": 1})
     assert roles == {role.value: size for role, size in message.payload_bytes(sent).items()}
+
+
+def test_a_header_names_a_tensor_only_where_it_differs() -> None:
+    """Names are long: what is so of nearly all stands there once."""
+    x = {f"{'layer.' * 20}{n}": torch.ones(4) for n in range(50)}
+    roles = of_role(Role.PARAMETER, x)
+    odd = sorted(x)[7]
+    codecs = {"parameter": {odd: "bf16", "*": "fp16"}, "logit": "int8"}
+    for said in (roles, {**roles, odd: Role.LOGIT}, {**roles, odd: Role.INDEX}):
+        frame, wire, used, _ = encode(Message("a3", tensors=x, roles=said), codecs)
+        header, _ = message.outline(frame)
+        assert len(json.dumps([header["roles"], header["codecs"]])) < 600
+        found, travelled, told = decode(frame, codecs)
+        assert found.roles == said and travelled.roles == wire.roles and told == used

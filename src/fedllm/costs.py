@@ -7,6 +7,7 @@ Units: bytes of payload (tensor data, no headers), FLOPs, rows.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from fedllm.codecs import Codecs, chosen, codec
 from fedllm.codecs.base import SIZE, Shape, weight
 from fedllm.flat import Ints
 from fedllm.lora import shape_at
-from fedllm.message import KINDS, ORDER, Fact, Message, pack
+from fedllm.message import KINDS, ORDER, PART, Fact, Message, briefly, pack
 from fedllm.models.core import Core, Part, span
 from fedllm.models.flops import FlopCounter, count
 from fedllm.models.loading import LanguageModel, load, load_config
@@ -265,9 +266,8 @@ def header(
             continue
         used[name] = stages
         layout = codec(stages, 0.5).layout(tuple(size))
-        parts += [(f"{name}//{part}", own, *about) for part, about in layout.items()]
-    roles = sum(len(f'"{name}":"{own}",') for name, own, _, _ in parts) - bool(parts)
-    names = sum(len(f'"{name}":"{stages}",') for name, stages in used.items()) - bool(used)
+        parts += [(f"{name}{PART}{part}", own, *about) for part, about in layout.items()]
+    told = _written({name: own for name, own, _, _ in parts}) + _written(used)
     shapes, end = 0, 0
     for name, _, shape, kind in sorted(parts, key=lambda part: (ORDER.index(part[3]), part[0])):
         begin, end = end, end + math.prod(shape) * SIZE[kind]
@@ -276,7 +276,12 @@ def header(
         shapes += len(f'"{name}":{place},')
     text = -(-(max(shapes - 1, 0) + 2) // 8) * 8
     digits = len(str(8 + text + end)) - len("16")
-    return len(pack(message)) + roles + names + digits + text - 8
+    return len(pack(message)) + told + digits + text - 8
+
+
+def _written(said: Mapping[str, str]) -> int:
+    """Bytes that these take in a header, where {} stands without them."""
+    return len(json.dumps(briefly(said), separators=(",", ":"))) - len("{}")
 
 
 def break_even(

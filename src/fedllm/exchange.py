@@ -21,7 +21,7 @@ from fedllm.codecs import codec as codec_of
 from fedllm.codecs.base import MOST, State
 from fedllm.errors import FedllmError
 from fedllm.ledger import Ledger, Row
-from fedllm.message import Failure, Frame, Message, pack, unpack
+from fedllm.message import PART, Failure, Frame, Message, pack, unpack
 from fedllm.training.meter import Listen, Measured, Meter, costs_of
 from fedllm.transport import Transport
 
@@ -55,8 +55,8 @@ def encode(
         if state:
             kept[name] = state
         for part, value in parts.items():
-            tensors[f"{name}//{part}"] = value
-            roles[f"{name}//{part}"] = role
+            tensors[f"{name}{PART}{part}"] = value
+            roles[f"{name}{PART}{part}"] = role
         used[name] = codec
     wire = replace(message, tensors=tensors, roles=roles)
     return pack(wire, used), wire, used, kept
@@ -72,13 +72,12 @@ def decode(
     whoever sends does not choose what is computed here.
     """
     wire, used = unpack(frame)
-    tensors = {n: t for n, t in wire.tensors.items() if "//" not in n}
-    roles = {n: r for n, r in wire.roles.items() if "//" not in n}
+    tensors = {n: t for n, t in wire.tensors.items() if PART not in n}
+    roles = {n: r for n, r in wire.roles.items() if PART not in n}
     for name, codec in used.items():
-        parts = {
-            n.rpartition("//")[2]: t for n, t in wire.tensors.items() if n.startswith(f"{name}//")
-        }
-        for role in {r.value for n, r in wire.roles.items() if n.startswith(f"{name}//")}:
+        sent = [n for n in wire.tensors if n.rpartition(PART)[0] == name]
+        parts = {n.rpartition(PART)[2]: wire.tensors[n] for n in sent}
+        for role in {wire.roles[n].value for n in sent}:
             wanted = chosen(codecs, role, name, way)
             if codec != wanted:
                 raise FedllmError(
@@ -93,7 +92,7 @@ def decode(
             raise FedllmError(f"frame: codec {codec!r} of {name!r} lacks part {error}") from None
         except (RuntimeError, ValueError, IndexError, TypeError) as error:  # they do not fit
             raise FedllmError(f"frame: codec {codec!r} of {name!r}: {error}") from None
-        roles[name] = next(r for n, r in wire.roles.items() if n.startswith(f"{name}//"))
+        roles[name] = wire.roles[sent[0]]
         if sum(tensors[n].numel() for n in used if n in tensors) > MOST:
             raise FedllmError(f"frame: decoded it holds more than {MOST:,} numbers")
     return replace(wire, tensors=tensors, roles=roles), wire, used
@@ -333,7 +332,7 @@ class Exchange:
         }  # fmt: skip
         paid: dict[tuple[str, str], int] = {}
         for name, tensor in sorted(wire.tensors.items()):
-            key = wire.roles[name].value, used.get(name.rpartition("//")[0], "none")
+            key = wire.roles[name].value, used.get(name.rpartition(PART)[0], "none")
             paid[key] = paid.get(key, 0) + tensor.numel() * tensor.element_size()
         for (role, codec), size in paid.items():
             self.ledger.add(

@@ -1,9 +1,10 @@
 """
 The one wire format: a Message, and the Frame (bytes) that carries it. Never pickle.
 
-Frame layout: ``FLM2`` | CRC-32 of all that follows | header length (both u32, little endian) |
+Frame layout: ``FLM3`` | CRC-32 of all that follows | header length (both u32, little endian) |
 header (JSON) | safetensors body. The header holds what the body is not: who, which round and step,
-roles, codecs, facts.
+roles, codecs, facts. The most common role and codec stand there once (``briefly``): names are long,
+and a small message of many tensors was a third names.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -22,10 +25,11 @@ from torch import Tensor
 
 from fedllm.errors import FedllmError
 
-MAGIC = b"FLM2"
-VERSION = 2
+MAGIC = b"FLM3"
+VERSION = 3
 MAX_HEADER = 16 * 2**20
 START = 12  # bytes before the header
+PART = "//"  # between a tensor's name and that of a part that a codec made of it
 Fact = int | float | str
 Frame = bytes | memoryview
 KINDS = {
@@ -112,10 +116,23 @@ def _body(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
     return [struct.pack("<Q", len(text)) + text, *parts]
 
 
+def briefly(said: Mapping[str, str]) -> dict[str, str]:
+    """What is said of each name, with what is said most of all once, under the empty name."""
+    if not said:
+        return {}
+    usual = Counter(said.values()).most_common(1)[0][0]
+    return {"": usual} | {name: value for name, value in said.items() if value != usual}
+
+
+def _at_length(said: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """``briefly`` undone for these names. Raises KeyError where nothing is said of one."""
+    return {name: str(said[name if name in said else ""]) for name in names}
+
+
 def pack(message: Message, codecs: dict[str, str] | None = None) -> bytes:
     """Message -> frame. ``codecs`` names what each tensor was encoded with, for the reader."""
-    if set(message.tensors) != set(message.roles):
-        raise ValueError(f"{message.step}: every tensor needs exactly one role")
+    if set(message.tensors) != set(message.roles) or "" in message.tensors:
+        raise ValueError(f"{message.step}: every tensor needs a name and exactly one role")
     body = _body(message.tensors)
     header = json.dumps(
         {
@@ -128,8 +145,8 @@ def pack(message: Message, codecs: dict[str, str] | None = None) -> bytes:
             "client": message.client,
             "task": message.task,
             "base": message.base,
-            "roles": {name: role.value for name, role in message.roles.items()},
-            "codecs": codecs or {},
+            "roles": briefly({name: role.value for name, role in message.roles.items()}),
+            "codecs": briefly(codecs or {}),
             "facts": message.facts,
             "body": sum(len(part) for part in body),
         },
@@ -152,10 +169,12 @@ def outline(frame: Frame) -> tuple[dict[str, Any], dict[str, int]]:
     found = json.loads(bytes(frame[START : START + size]))
     (length,) = struct.unpack_from("<Q", frame, START + size)
     body = START + size + 8
+    shapes = json.loads(bytes(frame[body : body + length]))
+    roles = _at_length(found["roles"], shapes)
     sums: dict[str, int] = {}
-    for name, about in json.loads(bytes(frame[body : body + length])).items():
+    for name, about in shapes.items():
         begin, end = about["data_offsets"]
-        role = found["roles"][name]
+        role = roles[name]
         sums[role] = sums.get(role, 0) + end - begin
     return found, sums
 
@@ -186,10 +205,12 @@ def unpack(frame: Frame) -> tuple[Message, dict[str, str]]:
         if not all(isinstance(value, int | float | str) for value in facts.values()):
             raise FedllmError("frame: a fact that is neither number nor text")
         tensors = safetensors.torch.load(bytes(body))
-        roles = {str(name): Role(role) for name, role in header["roles"].items()}
-        if set(roles) != set(tensors):
+        if not set(header["roles"]) - {""} <= set(tensors) or "" in tensors:
             raise FedllmError("frame: names of tensors and roles differ")
-        codecs = {str(name): str(codec) for name, codec in header["codecs"].items()}
+        told = _at_length(header["roles"], tensors)
+        roles = {name: Role(role) for name, role in told.items()}
+        parted = {name.rpartition(PART)[0] for name in tensors if PART in name}
+        codecs = _at_length(header["codecs"], sorted(parted))
         message = Message(
             step=str(header["step"]),
             task=str(header["task"]),

@@ -31,12 +31,10 @@ class Codec(ABC):
     ``state`` (error feedback) belongs to the side that encodes and is saved with it; a codec
     without one returns what it was given. ``purpose`` names the random stream of what is drawn.
 
-    whole: in a stack it takes every part of the codec before it, else those of floating-point
-    numbers.  exact: bytes follow from the shape alone; else ``layout`` is an upper bound.
-    loses: what it takes from a number, in words.
+    exact: bytes follow from the shape alone; else ``layout`` is an upper bound.  loses: what it
+    takes from a number, in words.
     """
 
-    whole = False
     exact = True
     loses = "what its author knows"
 
@@ -57,6 +55,36 @@ class Codec(ABC):
     def biased(self) -> Self:
         """What to use under error feedback, which wants a small error rather than a mean of 0."""
         return self
+
+
+class Whole(Codec):
+    """Takes all that the codec before it made, at once; of a single tensor, that."""
+
+    @abstractmethod
+    def join(self, parts: Parts) -> Parts:
+        """Parts of any kind -> what travels in their place."""
+
+    @abstractmethod
+    def split(self, parts: Mapping[str, Tensor]) -> Parts:
+        """Back, each of its kind. Raises FedllmError for what is damaged."""
+
+    @abstractmethod
+    def joined(self, layout: Layout) -> Layout:
+        """What ``join`` makes of these parts."""
+
+    def encode(
+        self, state: State, x: Tensor, purpose: tuple[object, ...] = ()
+    ) -> tuple[State, Parts]:
+        """Tensor of any kind -> what travels."""
+        return state, self.join({"x": x})
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The tensor, of the kind that it was."""
+        return self.split(parts)["x"]
+
+    def layout(self, shape: Shape, kind: torch.dtype = torch.float32) -> Layout:
+        """Of a single tensor."""
+        return self.joined({"x": (shape, kind)})
 
 
 def weight(layout: Layout) -> int:

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedllm.codecs.base import Codec, Layout, Parts, Shape, State
+from fedllm.codecs.base import Codec, Layout, Parts, Shape, State, Whole
 from fedllm.errors import FedllmError
 
 
 class Stack(Codec):
     """
-    Each codec encodes the numbers that the one before it made, or all of its parts (``whole``).
+    Each codec encodes the numbers that the one before it made, or all of its parts (``Whole``).
 
     ``topk-10+int8+zstd``: the numbers kept are quantized, and these, their ranges and their places
-    packed. Parts are named by the way that they went: ``value.level.zstd``. The error is that of
-    the first codec plus that of the second on the numbers that are left.
+    packed. Parts are named by the way that they went: ``value.level``. The error is that of the
+    first codec plus that of the second on the numbers that are left.
     """
 
     def __init__(self, stages: Sequence[Codec]) -> None:
@@ -36,9 +36,12 @@ class Stack(Codec):
         """Tensor -> the parts of the last stage, and what it did not take."""
         _, found = self.stages[0].encode({}, x, purpose)
         for stage in self.stages[1:]:
+            if isinstance(stage, Whole):
+                found = stage.join(found)
+                continue
             before, found = found, {}
             for name, part in before.items():
-                if stage.whole or part.is_floating_point():
+                if part.is_floating_point():
                     _, parts = stage.encode({}, part, (*purpose, name))
                     found |= {f"{name}.{inner}": tensor for inner, tensor in parts.items()}
                 else:
@@ -49,13 +52,15 @@ class Stack(Codec):
         """Back, stage by stage."""
         found = dict(parts)
         for depth in range(len(self.stages) - 1, 0, -1):
-            stage, taken, before = self.stages[depth], dict[str, Parts](), Parts()
+            stage = self.stages[depth]
+            if isinstance(stage, Whole):
+                found = stage.split(found)
+                continue
+            taken, before = dict[str, Parts](), Parts()
             for name, part in found.items():
                 outer, _, inner = name.rpartition(".")
-                if outer and (stage.whole or outer.count(".") == depth - 1):
+                if outer and outer.count(".") == depth - 1:
                     taken.setdefault(outer, {})[inner] = part
-                elif stage.whole:
-                    raise FedllmError(f"part {name!r} was not packed")
                 else:
                     before[name] = part
             found = before | {name: stage.decode(inner) for name, inner in taken.items()}
@@ -65,9 +70,12 @@ class Stack(Codec):
         """The parts of the last stage, and what it did not take."""
         found = self.stages[0].layout(shape, kind)
         for stage in self.stages[1:]:
+            if isinstance(stage, Whole):
+                found = stage.joined(found)
+                continue
             before, found = found, {}
             for name, (size, of) in before.items():
-                if stage.whole or of.is_floating_point:
+                if of.is_floating_point:
                     inner = stage.layout(size, of)
                     found |= {f"{name}.{part}": about for part, about in inner.items()}
                 else:

@@ -41,7 +41,7 @@ knowledge: $(STAMP)
 	$(BIN)/python scripts/mutual.py runs/mutual docs/mutual
 
 unequal: $(STAMP)
-	for grid in rules schedule optimizers slora balance inside; do \
+	for grid in rules modules schedule optimizers slora balance inside; do \
 	  $(BIN)/fedllm sweep experiments/unequal/$$grid.toml --out runs/unequal/$$grid --jobs 2 --resume \
 	  && $(BIN)/python scripts/unequal.py runs/unequal docs/unequal-study || exit 1; done
 

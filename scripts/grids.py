@@ -53,7 +53,10 @@ Column = tuple[str, Callable[[Line, Line], str]]  # of a line and the first of i
 
 def _word(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return "/".join(map(_word, value)) or "none"
+        between = "; " if any(isinstance(one, Mapping) for one in value) else "/"
+        return between.join(map(_word, value)) or "none"
+    if isinstance(value, Mapping):
+        return " ".join(f"{key} {_word(one)}" for key, one in value.items())
     return str(value).lower() if isinstance(value, bool) else Path(str(value)).name
 
 
@@ -69,7 +72,8 @@ def _said(key: str, value: Any, plain: Any) -> list[str]:
     told = plain if isinstance(plain, Mapping) and plain != value else {}
     said = [part for name, one in value.items() if one != told.get(name)
             for part in _said(name, one, told.get(name))]  # fmt: skip
-    gone = [f"no {name}" for name in told if name not in value]
+    left = ", ".join(name for name in told if name not in value)
+    gone = [f"{short} without {left}"] if left else []
     if said and not isinstance(plain, Mapping):
         said[0] = f"{short} {said[0]}"
     return said + gone or [f"{short} none"]

@@ -107,6 +107,10 @@ MEANING = {
     "lora.budgets": "bytes each way that clients can pay for in a round, before any codec, "
                     "given as `ranks` are; each a number, or a table of rounds, e.g. "
                     "`{ 1 = 100_000, 4 = 20_000 }`",
+    "lora.modules": "blocks and targets that clients have where not all, given as `ranks` are, "
+                    "e.g. `{ client-1 = { layers = [-1] } }`; each is made by those who have it",
+    "modules.layers": "numbers of the blocks, of those that LoRA is in",
+    "modules.targets": "those of LoRA's targets",
     "lora.schedule": "the highest rank from which round on, e.g. `{ 1 = 2, 4 = 8 }`; it grows "
                      "without changing a logit, and shrinks to the best approximation",
     "lora.growth": "ranks that grow while the loss stands still, instead of a `schedule`",
@@ -387,9 +391,11 @@ def _meaning(key: str) -> str:
 
 
 def _options(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that an annotation allows: one, or those of a union."""
-    found = [annotation, *get_args(annotation)]
-    return [a for a in found if isinstance(a, type) and issubclass(a, BaseModel)]
+    """The sections that an annotation allows or holds: one, or those of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    inner = (one for part in get_args(annotation) for one in _options(part))
+    return list(dict.fromkeys(inner))
 
 
 def _kinds(title: str, options: list[type[BaseModel]], level: str) -> Iterator[str]:

@@ -31,10 +31,11 @@ from fedllm.report import tables
 
 GRIDS = {  # of the table, in its order
     "rules": "Ranks 2, 4, 8, 16, 32 over five clients (P-06 to P-09, P-14)",
+    "modules": "LoRA around modules of their own",
     "schedule": "Ranks that change over the rounds (P-10)",
     "optimizers": "Optimizers (P-30)",
     "slora": "Single weights first, then LoRA (P-13)",
-    "balance": "One client's labels are shuffled (P-07)",
+    "balance": "Two of five clients' labels are shuffled (P-07)",
     "inside": "Blocks split inside (S-04)",
 }
 EXPECTED = {  # grid: what the catalogue expects of the later lines with the one word and
@@ -76,13 +77,17 @@ def verdicts(found: Mapping[str, list[Line]]) -> list[list[str]]:
 
 def draw(found: Mapping[str, list[Line]], path: Path) -> None:
     """Accuracy against bytes of a client and round; dashed: the front."""
-    figure = Figure(figsize=(5 * len(found), 6), layout="constrained")
-    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for axes, (grid, some) in zip(panels, found.items(), strict=True):
+    wide = min(len(found), 2)
+    high = -(-len(found) // wide)
+    figure = Figure(figsize=(7 * wide, 5 * high), layout="constrained")
+    panels = figure.subplots(high, wide, squeeze=False).flat
+    for axes, (grid, some) in zip(panels, found.items(), strict=False):
         scatter(axes, some, TICKS)
         axes.set_title(GRIDS[grid], fontsize=9)
         axes.set_xlabel("kB of a client and round")
-    panels[0].set_ylabel("accuracy, %")
+        axes.set_ylabel("accuracy, %")
+    for axes in list(figure.axes)[len(found) :]:
+        axes.remove()
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -91,12 +96,13 @@ def page(found: Mapping[str, list[Line]]) -> str:
     return "\n".join([
         "# What becomes of unequal clients", "",
         "Made by `make unequal` (`fedllm sweep experiments/unequal/<name>.toml`, then",
-        "`scripts/unequal.py`): MiniLM (22.7 M, real weights) with LoRA in its last two blocks,",
-        "Banking77, clients with 1,000 rows each, five rounds. Accuracy on the test rows after the",
-        "last round, mean and standard deviation over the seeds; the gain is over the first line",
-        "of each block, seed by seed, in points; bytes (both ways) and FLOPs are the mean of a",
-        "client and round, seconds the server's for a round's aggregation. The product gap is how",
-        "far the new B A lies from the mean of the clients' B A, relative, in the last round.", "",
+        "`scripts/unequal.py`): MiniLM (22.7 M, real weights) with LoRA in its last blocks,",
+        "Banking77, clients with 1,000 rows each, five rounds (single weights first: ten; shuffled",
+        "labels: eight). Accuracy on the test rows after the last round, mean and standard",
+        "deviation over the seeds; the gain is over the first line of each block, seed by seed, in",
+        "points; bytes (both ways) and FLOPs are the mean of a client and round, seconds the",
+        "server's for a round's aggregation. The product gap is how far the new B A lies from the",
+        "mean of the clients' B A, relative, in the last round.", "",
         table(found, GRIDS, COLUMNS), "",
         "![accuracy against bytes](front.svg)", "",
         "Dashed: the front, than which nothing here is both cheaper and better.", "",

@@ -12,6 +12,7 @@ from fedllm.aggregation import UNEQUAL
 from fedllm.errors import FedllmError
 from fedllm.lora import grow, pairs, rank_of, resized
 from fedllm.models.export import load_adapter
+from fedllm.models.inputs import Inputs
 from fedllm.planning import plan
 from fedllm.round import Federation
 from fedllm.streams import stream
@@ -363,7 +364,7 @@ def test_with_a_frozen_first_factor_the_mean_is_the_mean_of_products(tmp_path: P
         ({"tunables": {"kind": "bitfit"}}, "both factors of LoRA.*'bitfit'"),
         ({"strategy": {"aggregation": "hetlora", "balance": {}}}, "has weights of its own"),
         ({"strategy": {"prune": 0.5}}, "prune: only with aggregation = 'hetlora'"),
-        ({"strategy": {"mentor": "builtin#2"}}, "strategy.mentor: with one rank only"),
+        ({"strategy": {"mentor": "builtin#2"}}, "strategy.mentor: with one LoRA for all"),
         ({"strategy": {"prune_penalty": 0.5}}, "prune_penalty = 0.5: only with prune"),
         (
             {
@@ -388,6 +389,101 @@ def test_a_budget_that_carries_nothing_is_refused() -> None:
         build(uneven(tunables={**UNEVEN, "budgets": [{"1": 10**6, "2": 9}]}))
     with pytest.raises(FedllmError, match=r"tunables.budgets.klient-2: no such .*'client-2'"):
         build(uneven(tunables={**UNEVEN, "budgets": {"klient-2": 10**6}}))
+
+
+PARTED: dict[str, Any] = {
+    "kind": "lora", "rank": 4, "layers": [2, 3], "targets": ["c_attn", "c_fc"],
+    "modules": {"client-1": {"layers": [-1]}, "client-2": {"targets": ["c_fc"]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("payload", ["value", "delta", "change"])
+def test_a_module_is_made_by_those_who_have_it(payload: str) -> None:
+    """Of what only client 3 has its own values are the new ones; nobody sends what it has not."""
+    built = build(uneven("mean", rounds=1, tunables=PARTED, strategy={"payload": payload}))
+    sent: dict[str, dict[str, torch.Tensor]] = {}
+    rows: dict[str, float] = {}
+    real = built.strategy.tasks["train"]
+
+    def train(site: Any, message: Any) -> Any:
+        reply = yield from real(site, message)  # type: ignore[misc]
+        sent[site.name] = reply.tensors
+        rows[site.name] = float(reply.facts["weight"])
+        assert reply.tensors.keys() == message.tensors.keys()
+        return reply
+
+    built.strategy.tasks = {"train": train}
+    end = finish(built).server.shared
+    first, factors = built.model.initial, [n for n in built.model.initial if ".lora_" in n]
+    own = {
+        "client-1": {n for n in factors if ".3." in n},
+        "client-2": {n for n in factors if "c_fc" in n}, "client-3": set(factors),
+    }  # fmt: skip
+    for client, names in own.items():
+        assert {n for n in sent[client] if ".lora_" in n} == names
+        size = sum(first[n].numel() * 4 for n in first if n in names or n not in factors)
+        assert paid(built, 1, client) == paid(built, 1, client, "down") == size
+    alone = [n for n in factors if ".2." in n and "c_attn" in n]
+    both = [n for n in factors if ".3." in n and "c_attn" in n]
+    assert alone and both
+    for names, owners in ((alone, ["client-3"]), (both, ["client-1", "client-3"])):
+        for name in names:
+            total = sum(rows[c] for c in owners)
+            mean = sum(sent[c][name].double() * rows[c] / total for c in owners)
+            if payload != "value":
+                mean = mean + first[name].double()
+            assert torch.allclose(end[name].double(), mean, atol=1e-6)
+
+
+def test_with_every_module_it_is_the_same_run() -> None:
+    whole = finish(build(uneven("normalized", rounds=1))).server.shared
+    modules = [{"layers": [3]}, {"layers": [-1], "targets": ["c_attn"]}]
+    built = build(uneven("normalized", rounds=1, tunables={**UNEVEN, "modules": modules}))
+    for name, tensor in finish(built).server.shared.items():
+        assert torch.equal(tensor, whole[name])
+
+
+def test_what_a_client_has_not_adds_nothing_to_its_model() -> None:
+    """And what lies below its own modules runs once for each row, for which it is charged less."""
+    built = build(uneven("mean", tunables=PARTED))
+    model, modules = built.model, ex.Modules(layers=(-1,))
+    own = model.only(modules)
+    assert model.only(modules) is own and model.stage(own.initial) is own
+    assert model.stage(model.initial) is model
+    assert (model.untouched, own.untouched) == (2, 3)
+    drawn = torch.Generator().manual_seed(1)
+    values = {n: torch.randn(t.shape, generator=drawn) / 10 for n, t in own.initial.items()}
+    inputs = Inputs.of(torch.arange(3, 11).view(2, 4))
+    whole = model.whole.apply_to({**model.initial, **values}, inputs)
+    assert torch.equal(own.whole.apply_to(values, inputs), whole)
+    assert not torch.equal(own.whole.apply_to(own.initial, inputs), whole)
+
+
+@pytest.mark.parametrize("rule", sorted(UNEQUAL))
+def test_a_plan_of_several_modules_is_what_a_run_pays(rule: str) -> None:
+    """With ranks of their own, too; and a run that goes on after a break is the same."""
+    spec = uneven(rule, tunables={**PARTED, "ranks": [4, 2, 1], "budgets": {"client-2": 30_000}})
+    built = build(spec)
+    finish(built)
+    line = plan.look(spec).lines[0]
+    up = [paid(built, number, f"client-{k}") for number in (1, 2) for k in (1, 2, 3)]
+    assert len(set(up)) == 3
+    assert line.payload[0] == pytest.approx(sum(up) / 6, abs=1)
+    work = sum(flops(built, number, f"client-{k}") for number in (1, 2) for k in (1, 2, 3))
+    assert line.flops == pytest.approx(work / 6, rel=1e-3)
+
+
+def test_modules_that_there_are_not_are_refused() -> None:
+    for modules, said in (
+        ({"client-1": {"layers": [1]}}, "LoRA is in the blocks 2, 3 of 4; .*not 1"),
+        ({"client-1": {"targets": ["c_atn"]}}, "'c_atn'; did you mean 'c_attn'"),
+        ({"client-9": {"layers": [3]}}, r"tunables.modules.client-9: no such client"),
+    ):
+        with pytest.raises(FedllmError, match=said):
+            build(uneven("mean", tunables={**PARTED, "modules": modules}))
+    for wrong in (3, [3], [{"layer": [3]}], [{"layers": ["3"]}], {"client-1": {"layers": []}}):
+        with pytest.raises(FedllmError, match=r"tunables.modules: .*expected a list of tables"):
+            uneven("mean", tunables={**PARTED, "modules": wrong})
 
 
 @pytest.mark.parametrize("kind", ["logits", "activations", "standalone", "centralized"])

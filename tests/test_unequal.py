@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedllm.aggregation import RULES, UNEQUAL, mean
+from fedllm.aggregation import RULES, UNEQUAL, by_owners, mean
 from fedllm.aggregation.balance import balanced
 from fedllm.aggregation.unequal import product_gap, strengths
 from fedllm.errors import FedllmError
@@ -110,6 +110,33 @@ def test_equal_ranks_are_fedavg_bit_for_bit(name: str, rank: int, count: int) ->
     weights = {c: 0.1 + 3.7 * w for c, w in some(updates).items()}
     result, plain = UNEQUAL[name](updates, weights, client(rank, 99)), mean(updates, weights)
     assert all(torch.equal(result[n], plain[n]) for n in plain)
+
+
+@pytest.mark.parametrize("name", sorted({*RULES, *UNEQUAL}))
+@few
+@given(ranks=ranks_, data=st.data())
+def test_each_tensor_is_its_owners_alone(name: str, ranks: list[int], data: st.DataObject) -> None:
+    """As if there were no other clients; what nobody has stays; heads are everybody's."""
+    most = ranks if name in UNEQUAL else [3] * len(ranks)
+    before, updates = client(4 if name in UNEQUAL else 3, 99), clients(*most)
+    rule = UNEQUAL[name] if name in UNEQUAL else lambda u, w, _: RULES[name](u, w)
+    weights = some(updates)
+    whole = rule(updates, weights, before)
+    assert all(
+        torch.equal(whole[n], t) for n, t in by_owners(rule, updates, weights, before).items()
+    )
+    owners = [c for c in updates if data.draw(st.booleans(), label=c)]
+    mine = {c: {n: t for n, t in u.items() if c in owners or not n.startswith("x.")}
+            for c, u in updates.items()}  # fmt: skip
+    found = by_owners(rule, mine, weights, before)
+    assert found.keys() == before.keys() and torch.equal(found["head"], whole["head"])
+    only = {c: {n: t for n, t in updates[c].items() if n.startswith("x.")} for c in owners}
+    x = {n: t for n, t in before.items() if n.startswith("x.")}
+    want = rule(only, weights, x) if owners else x
+    if len(owners) < len(updates):  # else norms are of all modules together
+        assert all(torch.equal(found[n], want[n]) for n in x)
+    gap = product_gap(mine, weights, found)
+    assert gap == gap and (name != "flexlora" or sum(most) > 4 or gap < 1e-4)
 
 
 @few

@@ -135,7 +135,7 @@ def lead(
 
 
 def agree_on_names(experiment: ex.Experiment, names: Sequence[str]) -> None:
-    """Raise FedllmError for a table (of models, ranks, budgets, cuts) that names other sites."""
+    """Raise FedllmError for a table (of models, ranks, modules, cuts) that names other sites."""
     if isinstance(experiment.strategy, ex.Logits):
         experiment.strategy.models(names)
     elif isinstance(experiment.strategy, ex.Activations):
@@ -143,6 +143,7 @@ def agree_on_names(experiment: ex.Experiment, names: Sequence[str]) -> None:
     if isinstance(experiment.tunables, ex.Lora):
         experiment.tunables.ranks_of(names)
         experiment.tunables.budgets_of(names)
+        experiment.tunables.modules_of(names)
 
 
 def lead_over(

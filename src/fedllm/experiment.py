@@ -214,6 +214,40 @@ def _ranks(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+class Modules(Section):
+    """
+    The share of what LoRA is around that a client has: these of its blocks, numbered as ``layers``
+    are, and these of its targets; none named: all.
+    """
+
+    layers: tuple[int, ...] = ()
+    targets: tuple[str, ...] = ()
+
+
+def _modules(value: Any) -> Any:
+    """What ``modules`` may be; the union's own errors would name its branches."""
+    listed: list[Any] = list(value.values() if isinstance(value, dict) else value) if isinstance(
+        value, list | tuple | dict
+    ) else [0]  # fmt: skip
+    kinds = {"layers": int, "targets": str}
+    for one in listed:
+        if isinstance(one, Modules):
+            continue
+        if not isinstance(one, dict) or not all(
+            key in kinds and isinstance(some, list | tuple) and some
+            and all(type(part) is kinds[key] for part in some)
+            for key, some in one.items()
+        ):  # fmt: skip
+            raise ValueError(
+                f"{json.dumps(value, default=str)}: expected a list of tables, or a table of them "
+                "by clients' names; each with layers, targets or both, e.g. { layers = [-1], "
+                'targets = ["query"] }'
+            )
+    found = [one if isinstance(one, Modules) else Modules(**{k: tuple(v) for k, v in one.items()})
+             for one in listed]  # fmt: skip
+    return dict(zip(value, found, strict=True)) if isinstance(value, dict) else tuple(found)
+
+
 class Growth(Section):
     """
     Ranks that grow on a plateau: from ``start`` by ``factor``, up to ``tunables.rank``, once the
@@ -246,6 +280,7 @@ class Lora(Section):
     says from which round on nobody's is higher: ``{ 1 = 2, 4 = 8 }``; with ``growth`` the server
     decides by the loss. ``budgets`` are what clients can pay for each way in a round, in bytes
     before any codec, given as ``ranks`` are; each has the highest rank that its own allows.
+    ``modules``, given so, too, are the blocks and targets that a client has, where not all.
     With ``freeze_a`` the first matrix keeps its start, which follows from the seed, and only B is
     trained and sent (FFA-LoRA, arXiv 2403.12313).
     ``sparse`` has rounds before the first of LoRA.
@@ -255,6 +290,7 @@ class Lora(Section):
     rank: Positive = 8
     ranks: Annotated[tuple[Positive, ...] | dict[str, Positive], BeforeValidator(_ranks)] = ()
     budgets: Annotated[tuple[Budget, ...] | dict[str, Budget], BeforeValidator(_budgets)] = ()
+    modules: Annotated[tuple[Modules, ...] | dict[str, Modules], BeforeValidator(_modules)] = ()
     schedule: dict[int, Positive] = {}
     growth: Growth | None = None
     sparse: SparseStart | None = None
@@ -276,29 +312,37 @@ class Lora(Section):
                 raise ValueError(
                     f"{key}: {max(ranks)} is more than rank = {self.rank}, which is the largest"
                 )
-        if self.freeze_a and self.varies:
+        if self.freeze_a and self.varies not in ("", "modules"):
             raise ValueError(
                 f"freeze_a: one first matrix for all; expected one rank, without {self.varies}"
             )
         if self.schedule and self.growth is not None:
             raise ValueError("growth: schedule says already when ranks change; leave one out")
         if self.sparse is not None and self.varies != "sparse":
-            raise ValueError(f"sparse: with one rank only, without {self.varies}")
+            raise ValueError(f"sparse: with the same LoRA for all only, without {self.varies}")
         if self.schedule and min(self.schedule) != 1:
             raise ValueError("schedule: expected rounds from 1 on, 1 among them, e.g. { 1 = 2 }")
         return self
 
     def even(self, rank: int | None = None) -> Lora:
-        """The same with one rank for all and always; none given: the largest."""
+        """The same with all modules and one rank for all and always; none given: the largest."""
         return self.model_copy(update={
-            "rank": rank or self.rank, "ranks": (), "budgets": (), "schedule": {}, "growth": None,
-            "sparse": None,
+            "rank": rank or self.rank, "ranks": (), "budgets": (), "modules": (), "schedule": {},
+            "growth": None, "sparse": None,
+        })  # fmt: skip
+
+    def only(self, modules: Modules | None) -> Lora:
+        """The same around these alone; none: around all."""
+        if modules is None:
+            return self
+        return self.model_copy(update={
+            "layers": modules.layers or self.layers, "targets": modules.targets or self.targets,
         })  # fmt: skip
 
     @property
     def varies(self) -> str:
-        """The first key by which anybody's rank is, or was, another than ``rank``; or empty."""
-        return "ranks" if self.ranks else self.changes
+        """The first key by which anybody's LoRA is, or was, another than plain; or empty."""
+        return "ranks" if self.ranks else self.changes or ("modules" if self.modules else "")
 
     @property
     def changes(self) -> str:
@@ -326,6 +370,10 @@ class Lora(Section):
         """The budgets of those of these clients who have one (``whose``)."""
         return whose("tunables.budgets", self.budgets, clients)
 
+    def modules_of(self, clients: Sequence[str]) -> dict[str, Modules]:
+        """The modules of those of these clients who have their own (``whose``)."""
+        return whose("tunables.modules", self.modules, clients)
+
     def most(self, round: int) -> int:
         """The highest rank that anybody may have in this round; 0 before there is any LoRA."""
         if self.sparse is not None:
@@ -344,18 +392,18 @@ class Lora(Section):
         return max(falls, default=0)
 
     def shares(
-        self, clients: Sequence[str], rounds: int, within: Callable[[int], int]
+        self, clients: Sequence[str], rounds: int, within: Callable[[str, int], int]
     ) -> dict[str, dict[int, float]]:
         """
         Which ranks each of these clients may have, and in what share of the rounds.
 
-        within: the highest rank that so many bytes allow.
+        within: the highest rank that so many bytes allow a client.
         """
         own, budgets, found = self.ranks_of(clients), self.budgets_of(clients), {}
         for client in clients:
             ranks = [min(own.get(client, self.rank), self.most(n)) for n in range(1, rounds + 1)]
             if client in budgets:
-                ranks = [min(rank, within(since(budgets[client], n)))
+                ranks = [min(rank, within(client, since(budgets[client], n)))
                          for n, rank in enumerate(ranks, 1)]  # fmt: skip
             found[client] = {rank: ranks.count(rank) / rounds for rank in sorted(set(ranks))}
         return found
@@ -1281,9 +1329,8 @@ class Experiment(Section):
             )
         if isinstance(self.tunables, Lora) and self.tunables.varies:
             raise ValueError(
-                f"{key}: control variates are of one rank; leave tunables.{self.tunables.varies} "
-                "out, or expected "
-                "client.kind = 'prox'"
+                f"{key}: control variates are of one LoRA for all; leave "
+                f"tunables.{self.tunables.varies} out, or expected client.kind = 'prox'"
             )
         if spec.prune is not None:
             raise ValueError(
@@ -1352,7 +1399,9 @@ class Experiment(Section):
         if lora is not None and lora.sparse is not None:
             self._begun_sparse(lora.sparse, rule)
         if key and spec.mentor is not None:
-            raise ValueError(f"strategy.mentor: with one rank only so far, without tunables.{key}")
+            raise ValueError(
+                f"strategy.mentor: with one LoRA for all so far, without tunables.{key}"
+            )
 
     def _begun_sparse(self, sparse: SparseStart, rule: str) -> None:
         """What SLoRA's two stages ask of the run."""

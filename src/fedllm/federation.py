@@ -272,11 +272,12 @@ def halve(experiment: ex.Experiment, seed: int, prepared: Prepared, listener: Li
         seed, experiment.rounds, experiment.training, experiment.evaluation, experiment.public,
         prepared.longest, _interpreters(experiment, model, prepared, others, listener),
         experiment.task, _width(spec, model, others, list(prepared.clients)),
-        _ranks(experiment, prepared), _budgets(experiment, prepared), _cuts(spec, prepared),
-        _cutter(experiment, prepared),
+        _ranks(experiment, prepared), _budgets(experiment, prepared),
+        _modules(experiment, prepared), _cuts(spec, prepared), _cutter(experiment, prepared),
     )  # fmt: skip
+    narrow = {name: model.only(modules) for name, modules in setup.modules.items()}
     if experiment.model.cache and not experiment.training.base_dropout:
-        uses = _uses(experiment, prepared, model, others)
+        uses = _uses(experiment, prepared, model, others, narrow)
         size = experiment.training.batch_size
         remark = remember(uses, size, memory(model.device) // 4)
         if remark:
@@ -331,9 +332,13 @@ def host(
 
 def _uses(
     experiment: ex.Experiment, prepared: Prepared, model: LanguageModel,
-    others: Mapping[str, tuple[LanguageModel, Prepared]],
+    others: Mapping[str, tuple[LanguageModel, Prepared]], narrow: Mapping[str, LanguageModel],
 ) -> list[tuple[LanguageModel, Iterator[Use]]]:  # fmt: skip
-    """What each model will see: its clients' rows, everybody's test rows, public rows."""
+    """
+    What each model will see: its clients' rows, everybody's test rows, public rows.
+
+    narrow: the model of clients who train some of the tunables only.
+    """
     rounds, drawn = experiment.rounds, experiment.public.rows_per_round
 
     def seen(data: Prepared, names: Sequence[str], mine: Container[str]) -> Iterator[Use]:
@@ -347,7 +352,12 @@ def _uses(
 
     here = list(prepared.clients)
     mentored = isinstance(experiment.strategy, ex.Parameters)  # they train the common model, too
-    found = [(model, seen(prepared, here, {n for n in here if mentored or n not in others}))]
+    plain = {n for n in here if n not in narrow and (mentored or n not in others)}
+    found = [(model, seen(prepared, here, plain))]
+    for own in {id(one): one for one in narrow.values()}.values():
+        names = [name for name in here if name in narrow and narrow[name] is own]
+        found.append((own, (Use(prepared.clients[n].train, len(prepared.clients[n].train))
+                            for n in names)))  # fmt: skip
     for own, theirs in {id(model): (model, data) for model, data in others.values()}.values():
         names = [name for name in here if name in others and others[name][0] is own]
         if names:
@@ -480,6 +490,12 @@ def _budgets(experiment: ex.Experiment, prepared: Prepared) -> dict[str, ex.Budg
     """The budgets of clients who have one, by name."""
     spec = experiment.tunables
     return _known(spec.budgets, spec.budgets_of, prepared) if isinstance(spec, ex.Lora) else {}
+
+
+def _modules(experiment: ex.Experiment, prepared: Prepared) -> dict[str, ex.Modules]:
+    """The modules of clients who have their own, by name."""
+    spec = experiment.tunables
+    return _known(spec.modules, spec.modules_of, prepared) if isinstance(spec, ex.Lora) else {}
 
 
 def _width(

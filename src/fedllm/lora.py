@@ -25,6 +25,11 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(a, b) for a, b in both if b in there]
 
 
+def module_of(name: str) -> str:
+    """The path of the module that a factor of this name belongs to."""
+    return name.partition(A if A in name else B)[0]
+
+
 def rank_of(tunables: Mapping[str, Tensor]) -> int:
     """The rank of these; 0 where there is no LoRA among them."""
     for name, tensor in tunables.items():

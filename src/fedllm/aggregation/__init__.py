@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from fedllm.aggregation.mean import Rule, mean, uniform
 from fedllm.aggregation.optimizers import OPTIMIZERS
-from fedllm.aggregation.unequal import UnequalRule, flexlora, hetlora, normalized, zero_pad
+from fedllm.aggregation.unequal import (
+    UnequalRule,
+    by_owners,
+    flexlora,
+    hetlora,
+    normalized,
+    zero_pad,
+)
 
 RULES: dict[str, Rule] = {"mean": mean, "uniform": uniform}
 UNEQUAL: dict[str, UnequalRule] = {
     "zero-pad": zero_pad, "normalized": normalized, "hetlora": hetlora, "flexlora": flexlora,
 }  # fmt: skip
 
-__all__ = ["OPTIMIZERS", "RULES", "UNEQUAL", "Rule", "UnequalRule", "mean", "uniform"]
+__all__ = ["OPTIMIZERS", "RULES", "UNEQUAL", "Rule", "UnequalRule", "by_owners", "mean", "uniform"]

@@ -22,6 +22,25 @@ UnequalRule = Callable[[Updates, Mapping[str, float], Mapping[str, Tensor]], dic
 """(updates, weights, what the server had before, whose rank is that of the result) -> result."""
 
 
+def by_owners(
+    rule: UnequalRule, updates: Updates, weights: Mapping[str, float], before: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """
+    The rule for clients who have not all the same tensors: each is made by those who have it.
+
+    What nobody here has stays as ``before``; what all have comes out as of the rule itself.
+    """
+    order, owned = sorted(updates), dict[tuple[str, ...], list[str]]()
+    for name in before:
+        owned.setdefault(tuple(c for c in order if name in updates[c]), []).append(name)
+    found = dict(before)
+    for clients, names in owned.items():
+        if clients:
+            mine = {client: {name: updates[client][name] for name in names} for client in clients}
+            found |= rule(mine, weights, {name: before[name] for name in names})
+    return found
+
+
 def zero_pad(
     updates: Updates, weights: Mapping[str, float], before: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -47,6 +66,8 @@ def normalized(
     """
     filled, ranks = _filled(updates, before), {c: rank_of(update) for c, update in updates.items()}
     largest = max(ranks.values())
+    if not largest:  # none of it is a factor
+        return mean(updates, weights)
     scaled = {client: weights[client] * (ranks[client] / largest) for client in updates}
     result = mean(filled, weights)  # right for what is no factor
     bands: dict[str, list[Tensor]] = {}
@@ -111,11 +132,13 @@ def mean_product(
     """
     sum_k w_k B_k A_k / r_k / sum_k w_k of one module, as left [out, n] and right [n, in].
 
-    Factors side by side, in float64; multiplied out where they are twice as wide as the product.
+    Over the clients who have it. Factors side by side, in float64; multiplied out where they are
+    twice as wide as the product.
     """
-    total = sum(weights[client] for client in sorted(updates))
+    owners = [client for client in sorted(updates) if b in updates[client]]
+    total = sum(weights[client] for client in owners)
     lefts, rights = [], []
-    for client in sorted(updates):
+    for client in owners:
         left, right = updates[client][b].double(), updates[client][a].double()
         lefts.append(left * (weights[client] / total / len(right)))
         rights.append(right)
@@ -134,10 +157,10 @@ def product_gap(
     |mean of products - product of what was combined|_F / |mean of products|_F over all modules.
 
     How far a mean of A and B apart, or any other rule, lies from the mean of what the clients'
-    modules add; 0 where they add nothing.
+    modules add; 0 where they add nothing. What no client has is left out.
     """
     rank, apart, whole = rank_of(combined), 0.0, 0.0
-    for a, b in pairs(combined):
+    for a, b in pairs({name for update in updates.values() for name in update}):
         left, right = mean_product(updates, weights, a, b)
         whole += _square(left, right)
         wide = torch.cat([left, -combined[b].double() / rank], 1)

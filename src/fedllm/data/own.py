@@ -41,11 +41,13 @@ def division(
         "strategy.cut": ("cut", getattr(spec, "cut", ())),
         "tunables.ranks": ("rank", getattr(experiment.tunables, "ranks", ())),
         "tunables.budgets": ("budget", getattr(experiment.tunables, "budgets", ())),
+        "tunables.modules": ("part", getattr(experiment.tunables, "modules", ())),
     }
     for key, (what, listed) in turns.items():
         if isinstance(listed, tuple) and listed:
             example = {
                 "model": '"NAME"', "cut": "2", "rank": "8", "budget": "100_000",
+                "part": "{ layers = [-1] }",
             }[what]  # fmt: skip
             raise FedllmError(
                 f"{key}: sites have no turn; expected a table that says which site has which "

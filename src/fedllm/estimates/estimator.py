@@ -43,7 +43,7 @@ class Estimator:
         """
         self.experiment = experiment
         self.training = experiment.training
-        self._others: dict[int, Estimator] = {}
+        self._others: dict[tuple[int | None, ex.Modules | None], Estimator] = {}
         self.labels = labels
         self.shapes = Blueprint(experiment.model, experiment.task, experiment.tunables, labels)
         self.anchors = anchors or ((1, self.shapes),)
@@ -56,15 +56,21 @@ class Estimator:
         self._reserved: dict[tuple[object, ...], int] = {}
         self._lives: dict[tuple[object, ...], tuple[int, int, int]] = {}
 
-    def at(self, rank: int | None) -> Estimator:
-        """The same with LoRA of this rank; 0: before there is any; None: as it is."""
+    def at(self, rank: int | None, modules: ex.Modules | None = None) -> Estimator:
+        """
+        The same with LoRA of this rank in these modules.
+
+        rank: 0: before there is any; None: as it is.  modules: None: all.
+        """
         spec = self.experiment.tunables
-        if rank is None or not isinstance(spec, ex.Lora) or rank == spec.rank:
+        if not isinstance(spec, ex.Lora) or (rank in (None, spec.rank) and modules is None):
             return self
-        if rank not in self._others:
-            experiment = self.experiment.replace(tunables=spec.even(rank) if rank else spec.first)
-            self._others[rank] = Estimator(experiment, self.labels)
-        found = self._others[rank]
+        key = (rank, modules)
+        if key not in self._others:
+            plain = spec.even(rank).only(modules)
+            experiment = self.experiment.replace(tunables=spec.first if rank == 0 else plain)
+            self._others[key] = Estimator(experiment, self.labels)
+        found = self._others[key]
         found.few = self.few
         return found
 

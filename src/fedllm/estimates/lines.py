@@ -246,12 +246,12 @@ def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) ->
     # what its tunables are held to, or shifted by
     pulled = 0.0 if spec.client.kind == "plain" else 1.0
     bills = []
-    for crowd, ranks in _ranked(est, data):
+    for crowd, ranks, modules in _ranked(est, data):
         frames, flops, memory = _Frames(est, "parameters", crowd), 0.0, 0
         every: dict[str, dict[str, tuple[int, ...]]] = {role: {} for role in whole}
         paid = dict.fromkeys(whole, 0.0)
         for rank, share in ranks.items():
-            now = est.at(rank)
+            now = est.at(rank, modules)
             travels = costs.parameters_roles(now.model, spec)
             mine = costs.shapes(now.model, costs.travelling(now.model))
             role, sent = dict.fromkeys(mine, "parameter"), dict(mine)
@@ -280,22 +280,36 @@ def _parameters(est: Estimator, spec: ex.Parameters, data: Sizes, named: str) ->
     return found
 
 
-def _ranked(est: Estimator, data: Sizes) -> Iterator[tuple[Crowd, dict[int | None, float]]]:
-    """Clients of the same ranks, and the share of the rounds at each; None: the tunables' own."""
+def _ranked(
+    est: Estimator, data: Sizes
+) -> Iterator[tuple[Crowd, dict[int | None, float], ex.Modules | None]]:
+    """
+    Clients of the same ranks, the share of the rounds at each, and their modules.
+
+    None: the tunables' own rank, all modules.
+    """
     spec = est.experiment.tunables
     if not isinstance(spec, ex.Lora) or not spec.varies:
         for crowd in data.crowds:
-            yield crowd, {None: 1.0}
+            yield crowd, {None: 1.0}, None
         return
-    shares, first = spec.shares(data.names, est.experiment.rounds, est.model.within), 0
+    modules = spec.modules_of(data.names)
+
+    def within(client: str, most: int) -> int:
+        own = modules.get(client)
+        return (est.model if own is None else est.model.only(own)).within(most)
+
+    shares, first = spec.shares(data.names, est.experiment.rounds, within), 0
     for crowd in data.crowds:
-        mine = [tuple(shares[n].items()) for n in data.names[first : first + crowd.count]]
+        mine = [(tuple(shares[n].items()), modules.get(n))
+                for n in data.names[first : first + crowd.count]]  # fmt: skip
         first += crowd.count
-        for ranks in dict.fromkeys(mine):
-            said = f"{crowd.name} (rank {', '.join(str(rank) for rank, _ in ranks)})"
-            alike = len(set(mine)) == 1
-            part = replace(crowd, count=mine.count(ranks), name=crowd.name if alike else said)
-            yield part, dict(ranks)
+        for ranks, own in dict.fromkeys(mine):
+            said = f"rank {', '.join(str(rank) for rank, _ in ranks)}"
+            if own is not None:
+                said += "".join(f", {key} {'/'.join(map(str, some))}" for key, some in own if some)
+            name = crowd.name if len(set(mine)) == 1 else f"{crowd.name} ({said})"
+            yield replace(crowd, count=mine.count((ranks, own)), name=name), dict(ranks), own
 
 
 def _logits(est: Estimator, spec: ex.Logits, data: Sizes, named: str) -> Line:

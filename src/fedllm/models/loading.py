@@ -18,13 +18,13 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError
-from fedllm.lora import rank_of, sizes
+from fedllm.lora import module_of, rank_of, sizes
 from fedllm.models.attention import NAME as BLOCKS
 from fedllm.models.core import Core, Part, Piece, graft
 from fedllm.models.families import FAMILIES, Family
 from fedllm.models.frozen import Frozen
 from fedllm.models.slots import SPARSE, Slots, give_slots
-from fedllm.models.tunables import head_names, install, masks
+from fedllm.models.tunables import head_names, install, masks, within
 from fedllm.streams import torch_stream
 
 FLOAT = 4
@@ -161,6 +161,7 @@ class LanguageModel:
     twin: LanguageModel | None = None
     before: LanguageModel | None = None
     _parts: dict[tuple[Part, float, float], Core] = field(default_factory=dict)
+    _narrow: dict[ex.Modules, LanguageModel] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -190,9 +191,32 @@ class LanguageModel:
         return self.part("whole", 0)
 
     def stage(self, tunables: Iterable[str]) -> LanguageModel:
-        """The one of itself and ``before`` that these are tunables of."""
-        own = self.before is None or self.initial.keys() >= set(tunables)
-        return self if own or self.before is None else self.before
+        """The one of itself, ``before`` and those of ``only`` that these are tunables of."""
+        mine = set(tunables) - self.head
+        others = [one for one in (self.before, *self._narrow.values()) if one is not None]
+        return next((one for one in others if one.initial.keys() - one.head == mine), self)
+
+    def only(self, modules: ex.Modules) -> LanguageModel:
+        """
+        The same base with LoRA around these alone (and the head); around the rest there is none.
+
+        Raises FedllmError for what LoRA is not around here.
+        """
+        if modules not in self._narrow:
+            assert isinstance(self.spec, ex.Lora)
+            mine = within(self.initial, modules, self.blocks)
+            if mine == self.initial.keys():
+                self._narrow[modules] = self
+            else:
+                initial = {n: t for n, t in self.initial.items() if n in mine}
+                gone = {module_of(n).removeprefix("model.") for n in self.initial if n not in mine}
+                bare: dict[str, Any] = {p: self.model.get_submodule(p).base_layer for p in gone}
+                twin = None if self.twin is None else self.twin.only(modules)
+                self._narrow[modules] = replace(
+                    self, model=graft(self.model, bare), initial=initial,
+                    spec=self.spec.only(modules), frozen=Frozen(), twin=twin, _parts={}, _narrow={},
+                )  # fmt: skip
+        return self._narrow[modules]
 
     def part(self, part: Part, cut: float, begin: float = 0) -> Core:
         """The whole or one side of a cut, from block ``begin`` on; cached, sharing all modules."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError, nearest
-from fedllm.lora import B
+from fedllm.lora import A, B, module_of
 from fedllm.models.families import FAMILIES, Family
 from fedllm.models.slots import SPARSE, Masked
 from fedllm.streams import stream
@@ -137,6 +139,42 @@ def blocks_of(spec: ex.Lora | ex.Adapter | ex.Sparse, model: Any) -> tuple[int, 
             f"{count - 1}, or -{count} to -1 from the end (not {wrong[0]})"
         )
     return tuple(sorted({number % count for number in spec.layers})) or tuple(range(count))
+
+
+def within(names: Iterable[str], modules: ex.Modules, blocks: int) -> set[str]:
+    """
+    Those of LoRA's names (and all others) that lie in these modules of a model of so many blocks.
+
+    Raises FedllmError for blocks and targets that LoRA is not around.
+    """
+    paths = {name: module_of(name) for name in names if A in name or B in name}
+    there: dict[str, int] = {}
+    for path in paths.values():
+        found = re.match(r".*\.[^.]*\.(\d+)\.", path)  # as PEFT finds a layer's number
+        there[path] = int(found[1]) if found else -1
+    known = sorted({number for number in there.values() if number >= 0})
+    for number in modules.layers:
+        if not -blocks <= number < blocks or number % blocks not in known:
+            raise FedllmError(
+                f"tunables.modules: layers = {list(modules.layers)}: LoRA is in the blocks "
+                f"{', '.join(map(str, known))} of {blocks}; expected some of them (not {number})"
+            )
+    layers = {number % blocks for number in modules.layers} or {*known, -1}
+    tails = {path.rpartition(".")[2] for path in there}
+    for target in modules.targets:
+        if not any(f".{path}".endswith(f".{target}") for path in there):
+            raise FedllmError(
+                f"tunables.modules: targets = {list(modules.targets)}: LoRA is not around "
+                f"{target!r}; {nearest(target, tails)}"
+            )
+    ends = tuple(f".{target}" for target in modules.targets) or ("",)
+    mine = {p for p, number in there.items() if number in layers and f".{p}".endswith(ends)}
+    if not mine:
+        raise FedllmError(
+            f"tunables.modules: none of the targets {list(modules.targets)} lies in the blocks "
+            f"{list(modules.layers)}"
+        )
+    return {name for name in names if name not in paths or paths[name] in mine}
 
 
 def lora_config(spec: ex.Lora, model: Any, classification: bool) -> Any:

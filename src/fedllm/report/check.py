@@ -96,7 +96,7 @@ def look(experiment: ex.Experiment) -> dict[str, Any]:
             "they run once for each row, so FLOPs and seconds will be lower than said here"
         )
     if changing:
-        notes.append("clients' ranks differ or change: FLOPs and seconds are of the largest")
+        notes.append("clients' LoRA differs or changes: FLOPs and seconds are of the largest")
     labels = f"{len(prepared.labels)} labels" if prepared.labels else "no labels"
     train = [s.rows for s in sizes.values()]
     tests = [data.test.cases for data in prepared.clients.values()]
@@ -143,9 +143,15 @@ def _mean_payload(
     tunables = experiment.tunables
     if not isinstance(tunables, ex.Lora):
         return costs.parameters_payload(model, spec)[0]
-    shares = tunables.shares(names, experiment.rounds, model.within).values()
-    paid = (part * costs.parameters_payload(model, spec, rank)[0]
-            for ranks in shares for rank, part in ranks.items())  # fmt: skip
+    modules = tunables.modules_of(names)
+    own = {name: model.only(modules[name]) if name in modules else model for name in names}
+
+    def within(name: str, most: int) -> int:
+        return own[name].within(most)
+
+    paid = (part * costs.parameters_payload(own[name], spec, rank)[0]
+            for name, ranks in tunables.shares(names, experiment.rounds, within).items()
+            for rank, part in ranks.items())  # fmt: skip
     return sum(paid) / len(names)
 
 

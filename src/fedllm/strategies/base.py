@@ -64,6 +64,7 @@ class Setup:
     budgets: Mapping[str, ex.Budget] = field(
         default_factory=dict
     )  # in bytes, of those who have one
+    modules: Mapping[str, ex.Modules] = field(default_factory=dict)  # as ranks
     cuts: Mapping[str, int] = field(default_factory=dict)  # of clients who have their own
     cutter: Cutter | None = None  # where cuts are chosen as it goes
 

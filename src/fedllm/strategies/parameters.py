@@ -7,10 +7,13 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedllm import experiment as ex
-from fedllm.aggregation import OPTIMIZERS, RULES, UNEQUAL
+from fedllm.aggregation import OPTIMIZERS, RULES, UNEQUAL, by_owners
 from fedllm.aggregation.balance import balanced
+from fedllm.aggregation.mean import Updates
 from fedllm.aggregation.unequal import product_gap
 from fedllm.data.examples import Examples
 from fedllm.exchange import Exchange
@@ -69,41 +72,44 @@ class Parameters:
             shared, told = self.ranks.due(state, ask.round)
         optimizer = kept_at(state.optimizer, state.shared, shared)
         ranks = {client: self.ranks.of(state, client, shared, ask.round) for client in cohort}
-        given = {rank: resized(shared, rank) for rank in set(ranks.values())}
+        shares = {client: (rank, self.ranks.names.get(client)) for client, rank in ranks.items()}
+        given = {share: self.ranks.part(shared, *share) for share in set(shares.values())}
         down = given if self.options.payload != "change" else {
-            rank: _less(values, self.ranks.initial(rank))
-            for rank, values in given.items()
+            share: _less(values, self.ranks.initial(share[0])) for share, values in given.items()
         }  # fmt: skip
         c = corrections.controls(optimizer)  # only where all have one rank
         sent = {
-            rank: Message("a1", "train", values | c,
-                          of_role(Role.PARAMETER, values) | of_role(Role.GRADIENT, c))
-            for rank, values in down.items()
+            share: Message("a1", "train", values | c,
+                           of_role(Role.PARAMETER, values) | of_role(Role.GRADIENT, c))
+            for share, values in down.items()
         }  # fmt: skip
-        wants = {rank: self.ranks.want(values | c) for rank, values in given.items()}
+        wants = {share: self.ranks.want(values | c) for share, values in given.items()}
         replies = ask.gather(
-            {client: sent[rank] for client, rank in ranks.items()},
-            {client: wants[rank] for client, rank in ranks.items()},
+            {client: sent[share] for client, share in shares.items()},
+            {client: wants[share] for client, share in shares.items()},
         )  # a1, a2, a3
         updates = {
-            client: {name: reply.tensors[name] for name in shared}
+            client: {name: reply.tensors[name] for name in given[shares[client]]}
             for client, reply in replies.items()
         }
         values = updates
         if self.options.payload != "value":
             values = {
-                client: _plus(resized(given[ranks[client]], rank_of(update)), update)
+                client: _plus(resized(given[shares[client]], rank_of(update)), update)
                 for client, update in updates.items()
             }
         with ask.meter.step("a4"):
             weights = self._weights(replies)
             change: Group | None = None
             if self.rule is None:
-                combined = UNEQUAL[self.options.aggregation](values, weights, shared)
+                rule = UNEQUAL[self.options.aggregation]
+                combined = by_owners(rule, values, weights, shared)
+            elif self.options.payload == "value":
+                combined = by_owners(self._mean, updates, weights, shared)
             else:
-                combined = self.rule(updates, weights)
-                if self.options.payload != "value":
-                    change, combined = combined, _plus(shared, combined)
+                still = {name: torch.zeros_like(tensor) for name, tensor in shared.items()}
+                change = by_owners(self._mean, updates, weights, still)
+                combined = _plus(shared, change)
             stepped = combined
             if self.options.server.kind != "average":
                 change = _less(combined, shared) if change is None else change
@@ -122,6 +128,13 @@ class Parameters:
             facts |= {f"{client}{SHARE}": weights[client] / total for client in sorted(weights)}
         kept = self.ranks.told(state, values, ranks)
         return replace(state, shared=stepped, optimizer=optimizer, clients=kept, facts=facts)
+
+    def _mean(
+        self, updates: Updates, weights: Mapping[str, float], before: Mapping[str, Tensor]
+    ) -> Group:
+        """A rule for clients of one rank, which asks nothing of what was before."""
+        assert self.rule is not None
+        return self.rule(updates, weights)
 
     def _weights(self, replies: Mapping[str, Message]) -> dict[str, float]:
         """What each client counts."""

@@ -1,7 +1,9 @@
 """
-Clients with LoRA of different ranks, and ranks that change (Yan et al., section IV-A2 and A3).
+Clients with LoRA of different ranks and modules, and ranks that change (Yan et al., section IV-A2
+and A3).
 
-What the server has is of the highest rank of the round; a client gets its first components.
+What the server has is of the highest rank of the round and of all modules; a client gets the first
+components of its own ones.
 """
 
 from __future__ import annotations
@@ -37,10 +39,18 @@ class Ranks:
         self.pruning = options.prune
         self.setup, self.model = setup, model
         self.spec = model.spec if isinstance(model.spec, ex.Lora) else None
+        self.names = {
+            client: frozenset(model.only(modules).initial)
+            for client, modules in setup.modules.items()
+        }
         self.budgets = {
-            client: {n: model.within(most) for n, most in budget.items()}
+            client: {n: self._whose(client).within(most) for n, most in budget.items()}
             for client, budget in setup.budgets.items()
         }
+
+    def _whose(self, client: str) -> LanguageModel:
+        modules = self.setup.modules.get(client)
+        return self.model if modules is None else self.model.only(modules)
 
     def initial(self, rank: int) -> Group:
         """The first values at this rank; 0: where there is no LoRA, or not yet."""
@@ -101,6 +111,11 @@ class Ranks:
         if RANK in state.clients.get(client, {}):
             found.append(int(state.clients[client][RANK]))
         return min(found)
+
+    def part(self, shared: Group, rank: int, names: frozenset[str] | None) -> Group:
+        """What a client of this rank gets of these, where it has these tunables only."""
+        mine = shared if names is None else {n: t for n, t in shared.items() if n in names}
+        return resized(mine, rank)
 
     def want(self, given: Group) -> Want:
         """What a client that was given these may answer: the same shapes, or those of fewer."""

@@ -286,7 +286,7 @@ def test_a_plan_knows_the_bytes_of_all_together(
         ({"strategy": {**SCAFFOLD, "mentor": "builtin#1"}}, "strategy.mentor: its pupil"),
         ({"tunables": {"ranks": [1, 2]}, "strategy": {**SCAFFOLD, "aggregation": "zero-pad"}},
          "of one LoRA for all; leave tunables.ranks out"),
-        ({"tunables": {"schedule": {1: 1, 2: 2}}}, "of one LoRA for all; leave tunables.schedule out"),
+        ({"tunables": {"schedule": {1: 1, 2: 2}}}, "one LoRA for all; leave tunables.schedule"),
         ({"strategy": {**SCAFFOLD, "aggregation": "hetlora", "prune": 0.5}},
          "of one rank; leave strategy.prune out"),
         ({"strategy": {**SCAFFOLD, "aggregation": "flexlora"}}, "another basis in every round"),

@@ -118,7 +118,7 @@ def test_a_codec_may_name_a_tunable_of_either_stage() -> None:
     ("sections", "said"),
     [
         ({"rounds": 2}, r"sparse.rounds = 2: LoRA follows; expected rounds = 3 or more \(here 2\)"),
-        ({"tunables": {**SLORA, "schedule": {"1": 2}}}, "sparse: with the same LoRA for all only, .*schedule"),
+        ({"tunables": {**SLORA, "schedule": {"1": 2}}}, "same LoRA for all only, .*schedule"),
         ({"tunables": {**SLORA, "freeze_a": True}}, "freeze_a: .* without sparse"),
         ({"tunables": {**SLORA, "sparse": {"density": 0.0}}}, "sparse.density"),
         ({"strategy": {"aggregation": "flexlora"}}, "which tunables.sparse begins without"),

@@ -139,6 +139,18 @@ def test_each_tensor_is_its_owners_alone(name: str, ranks: list[int], data: st.D
     assert gap == gap and (name != "flexlora" or sum(most) > 4 or gap < 1e-4)
 
 
+@pytest.mark.parametrize("name", sorted({"mean", *UNEQUAL} - {"hetlora"}))
+def test_who_counts_nothing_makes_nothing(name: str) -> None:
+    """Of a module that only those have who count nothing."""
+    before, updates = client(3, 99), clients(3, 3)
+    rule = UNEQUAL[name] if name in UNEQUAL else lambda u, w, _: mean(u, w)
+    few, every = sorted(updates)
+    mine = {**updates, few: {n: t for n, t in updates[few].items() if not n.startswith("x.")}}
+    found = by_owners(rule, mine, {few: 1.0, every: 0.0}, before)
+    assert all(torch.equal(found[n], before[n]) == n.startswith("x.") for n in before)
+    assert product_gap(mine, {few: 1.0, every: 0.0}, found) < 1e-4
+
+
 @few
 @given(ranks=ranks_)
 def test_filled_up_and_cut_again_is_what_it_was(ranks: list[int]) -> None:

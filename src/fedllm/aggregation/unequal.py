@@ -28,14 +28,15 @@ def by_owners(
     """
     The rule for clients who have not all the same tensors: each is made by those who have it.
 
-    What nobody here has stays as ``before``; what all have comes out as of the rule itself.
+    What nobody here has stays as ``before``, as does what only those have who count nothing; what
+    all have comes out as of the rule itself.
     """
     order, owned = sorted(updates), dict[tuple[str, ...], list[str]]()
     for name in before:
         owned.setdefault(tuple(c for c in order if name in updates[c]), []).append(name)
     found = dict(before)
     for clients, names in owned.items():
-        if clients:
+        if any(weights[client] > 0 for client in clients):
             mine = {client: {name: updates[client][name] for name in names} for client in clients}
             found |= rule(mine, weights, {name: before[name] for name in names})
     return found
@@ -157,10 +158,11 @@ def product_gap(
     |mean of products - product of what was combined|_F / |mean of products|_F over all modules.
 
     How far a mean of A and B apart, or any other rule, lies from the mean of what the clients'
-    modules add; 0 where they add nothing. What no client has is left out.
+    modules add; 0 where they add nothing. What no client who counts has is left out.
     """
     rank, apart, whole = rank_of(combined), 0.0, 0.0
-    for a, b in pairs({name for update in updates.values() for name in update}):
+    there = {name for client, update in updates.items() if weights[client] > 0 for name in update}
+    for a, b in pairs(there):
         left, right = mean_product(updates, weights, a, b)
         whole += _square(left, right)
         wide = torch.cat([left, -combined[b].double() / rank], 1)

@@ -443,6 +443,13 @@ def test_with_every_module_it_is_the_same_run() -> None:
         assert torch.equal(tensor, whole[name])
 
 
+def test_modules_are_written_down_as_they_are_read() -> None:
+    spec = uneven("mean", tunables=PARTED)
+    assert ex.parse_text(ex.dump(spec), "test", Path.cwd()) == spec
+    listed = ex.vary(spec, {"tunables.modules": [{"layers": [3]}, {}]})
+    assert ex.vary(listed, {"tunables.rank": 4}) == listed
+
+
 def test_what_a_client_has_not_adds_nothing_to_its_model() -> None:
     """And what lies below its own modules runs once for each row, for which it is charged less."""
     built = build(uneven("mean", tunables=PARTED))

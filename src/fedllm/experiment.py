@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -222,6 +223,11 @@ class Modules(Section):
 
     layers: tuple[int, ...] = ()
     targets: tuple[str, ...] = ()
+
+    @model_serializer
+    def _named(self) -> dict[str, Any]:
+        """Without what is not named: a run's file is read back, and an empty list is refused."""
+        return {key: list(some) for key, some in self if some}
 
 
 def _modules(value: Any) -> Any:

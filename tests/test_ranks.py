@@ -1,5 +1,6 @@
 """Runs of clients with different ranks, of ranks that change, and of a frozen first factor."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -443,6 +444,16 @@ def test_with_every_module_it_is_the_same_run() -> None:
         assert torch.equal(tensor, whole[name])
 
 
+def test_a_target_is_named_as_shortly_as_it_is_known() -> None:
+    """Where LoRA is around ``attn.c_proj``, ``c_proj`` is that alone, also in a plan."""
+    spec = uneven("mean", rounds=1, tunables={
+        **PARTED, "targets": ["attn.c_proj"], "modules": [{"targets": ["c_proj"], "layers": [3]}],
+    })  # fmt: skip
+    built = build(spec)
+    finish(built)
+    assert plan.look(spec).lines[0].payload[0] == paid(built, 1, "client-1")
+
+
 def test_modules_are_written_down_as_they_are_read() -> None:
     spec = uneven("mean", tunables=PARTED)
     assert ex.parse_text(ex.dump(spec), "test", Path.cwd()) == spec
@@ -486,8 +497,12 @@ def test_modules_that_there_are_not_are_refused() -> None:
         ({"client-1": {"targets": ["c_atn"]}}, "'c_atn'; did you mean 'c_attn'"),
         ({"client-9": {"layers": [3]}}, r"tunables.modules.client-9: no such client"),
     ):
+        spec = uneven("mean", tunables={**PARTED, "modules": modules})
         with pytest.raises(FedllmError, match=said):
-            build(uneven("mean", tunables={**PARTED, "modules": modules}))
+            build(spec)
+        assert re.search(said, plan.look(spec).lines[0].refused)
+    with pytest.raises(FedllmError, match="around the head, which all have"):
+        build(uneven("mean", tunables={**PARTED, "targets": ["c_fc", "score"]}))
     for wrong in (3, [3], [{"layer": [3]}], [{"layers": ["3"]}], {"client-1": {"layers": []}}):
         with pytest.raises(FedllmError, match=r"tunables.modules: .*expected a list of tables"):
             uneven("mean", tunables={**PARTED, "modules": wrong})

@@ -341,8 +341,12 @@ class Lora(Section):
         """The same around these alone; none: around all."""
         if modules is None:
             return self
+        targets = tuple(
+            max(one, own, key=len) for one in modules.targets for own in self.targets or (one,)
+            if f".{own}".endswith(f".{one}") or f".{one}".endswith(f".{own}")
+        )  # fmt: skip
         return self.model_copy(update={
-            "layers": modules.layers or self.layers, "targets": modules.targets or self.targets,
+            "layers": modules.layers or self.layers, "targets": targets or self.targets,
         })  # fmt: skip
 
     @property

@@ -60,13 +60,16 @@ class Estimator:
         """
         The same with LoRA of this rank in these modules.
 
-        rank: 0: before there is any; None: as it is.  modules: None: all.
+        rank: 0: before there is any; None: as it is.  modules: None: all. Raises FedllmError for
+        what LoRA is not around.
         """
         spec = self.experiment.tunables
         if not isinstance(spec, ex.Lora) or (rank in (None, spec.rank) and modules is None):
             return self
         key = (rank, modules)
         if key not in self._others:
+            if modules is not None:
+                self.model.only(modules)  # refuses as a run does
             plain = spec.even(rank).only(modules)
             experiment = self.experiment.replace(tunables=spec.first if rank == 0 else plain)
             self._others[key] = Estimator(experiment, self.labels)

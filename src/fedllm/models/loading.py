@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.errors import FedllmError
-from fedllm.lora import module_of, rank_of, sizes
+from fedllm.lora import A, B, module_of, rank_of, sizes
 from fedllm.models.attention import NAME as BLOCKS
 from fedllm.models.core import Core, Part, Piece, graft
 from fedllm.models.families import FAMILIES, Family
@@ -204,6 +204,11 @@ class LanguageModel:
         """
         if modules not in self._narrow:
             assert isinstance(self.spec, ex.Lora)
+            if any(A in name or B in name for name in self.head):
+                raise FedllmError(
+                    "tunables.modules: LoRA is around the head, which all have "
+                    f"(tunables.targets = {list(self.spec.targets)}); expected targets below it"
+                )
             mine = within(self.initial, modules, self.blocks)
             if mine == self.initial.keys():
                 self._narrow[modules] = self

@@ -119,6 +119,7 @@ def test_a_codec_may_name_a_tunable_of_either_stage() -> None:
     [
         ({"rounds": 2}, r"sparse.rounds = 2: LoRA follows; expected rounds = 3 or more \(here 2\)"),
         ({"tunables": {**SLORA, "schedule": {"1": 2}}}, "same LoRA for all only, .*schedule"),
+        ({"tunables": {**SLORA, "modules": [{"layers": [3]}]}}, "LoRA for all only, .*modules"),
         ({"tunables": {**SLORA, "freeze_a": True}}, "freeze_a: .* without sparse"),
         ({"tunables": {**SLORA, "sparse": {"density": 0.0}}}, "sparse.density"),
         ({"strategy": {"aggregation": "flexlora"}}, "which tunables.sparse begins without"),

@@ -324,8 +324,9 @@ class Lora(Section):
             )
         if self.schedule and self.growth is not None:
             raise ValueError("growth: schedule says already when ranks change; leave one out")
-        if self.sparse is not None and self.varies != "sparse":
-            raise ValueError(f"sparse: with the same LoRA for all only, without {self.varies}")
+        if self.sparse is not None and (self.varies != "sparse" or self.modules):
+            key = "modules" if self.varies == "sparse" else self.varies
+            raise ValueError(f"sparse: with the same LoRA for all only, without {key}")
         if self.schedule and min(self.schedule) != 1:
             raise ValueError("schedule: expected rounds from 1 on, 1 among them, e.g. { 1 = 2 }")
         return self

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm import costs, federation, round
+from fedllm import compare, costs, federation, round
 from fedllm import experiment as ex
 from fedllm.aggregation import UNEQUAL
 from fedllm.errors import FedllmError
@@ -506,6 +506,12 @@ def test_modules_that_there_are_not_are_refused() -> None:
     for wrong in (3, [3], [{"layer": [3]}], [{"layers": ["3"]}], {"client-1": {"layers": []}}):
         with pytest.raises(FedllmError, match=r"tunables.modules: .*expected a list of tables"):
             uneven("mean", tunables={**PARTED, "modules": wrong})
+
+
+def test_a_comparison_says_which_part_cannot_have_them(tmp_path: Path) -> None:
+    spec = uneven("mean", tunables=PARTED, compare={"strategies": ["parameters"]})
+    with pytest.raises(FedllmError, match=r"compare: \w+ cannot run: tunables.modules: only"):
+        compare.run(spec, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["logits", "activations", "standalone", "centralized"])

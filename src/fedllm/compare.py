@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fedllm import experiment as ex
 from fedllm import federation
 from fedllm.errors import FedllmError
@@ -59,7 +61,11 @@ def run(
     resolved = _same(experiment, folder, resume)
     prepared = {experiment.seeds[0]: federation.prepare(experiment, experiment.seeds[0])}
     for part in listed:  # everything that could be refused is refused before the first run
-        check = experiment.replace(strategy=part.strategy)
+        try:
+            check = experiment.replace(strategy=part.strategy)
+        except ValidationError as error:
+            said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+            raise FedllmError(f"compare: {part.name} cannot run: {said}") from None
         federation.check(check, experiment.seeds[0], prepared[experiment.seeds[0]])
     federation.create(folder, force=resume)
     (folder / "experiment.toml").write_text(resolved)

@@ -74,8 +74,13 @@ def decode(
     wire, used = unpack(frame)
     tensors = {n: t for n, t in wire.tensors.items() if PART not in n}
     roles = {n: r for n, r in wire.roles.items() if PART not in n}
+    every: dict[str, list[str]] = {}
+    for n in wire.tensors:
+        if PART in n:
+            every.setdefault(n.rpartition(PART)[0], []).append(n)
+    total = 0
     for name, codec in used.items():
-        sent = [n for n in wire.tensors if n.rpartition(PART)[0] == name]
+        sent = every[name]
         parts = {n.rpartition(PART)[2]: wire.tensors[n] for n in sent}
         for role in {wire.roles[n].value for n in sent}:
             wanted = chosen(codecs, role, name, way)
@@ -93,7 +98,8 @@ def decode(
         except (RuntimeError, ValueError, IndexError, TypeError) as error:  # they do not fit
             raise FedllmError(f"frame: codec {codec!r} of {name!r}: {error}") from None
         roles[name] = wire.roles[sent[0]]
-        if sum(tensors[n].numel() for n in used if n in tensors) > MOST:
+        total += tensors[name].numel()
+        if total > MOST:
             raise FedllmError(f"frame: decoded it holds more than {MOST:,} numbers")
     return replace(wire, tensors=tensors, roles=roles), wire, used
 

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedllm.aggregation import RULES, UNEQUAL, by_owners, mean
+from fedllm.aggregation import OPTIMIZERS, RULES, UNEQUAL, by_owners, mean
 from fedllm.aggregation.balance import balanced
 from fedllm.aggregation.unequal import product_gap, strengths
 from fedllm.errors import FedllmError
-from fedllm.lora import excess, grow, moved, rank_of, resized, shrink
+from fedllm.lora import excess, grow, moved, rank_of, resized, scaled_up, shrink
 from fedllm.streams import stream
 
 Group = dict[str, Tensor]
@@ -335,6 +335,29 @@ def test_shrinking_drops_the_least_singular_values(rank: int, less: int) -> None
         error = float((added(cut, module) - added(own, module)).square().sum())
         assert error == pytest.approx(float(sigma[less:].square().sum()), rel=1e-3, abs=1e-6)
     assert torch.equal(cut["head"], own["head"])
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adagrad", "yogi", "adam"])
+def test_a_servers_optimizer_goes_on_as_if_all_had_been_of_the_higher_rank(kind: str) -> None:
+    """State of rank 2 that grew to 6, and state of the same changes at rank 6."""
+    numbers = {"rate": 0.5, "beta": 0.9} if kind == "momentum" else {
+        "rate": 0.1, "beta1": 0.9, "tau": 1e-3, **({} if kind == "adagrad" else {"beta2": 0.99}),
+    }  # fmt: skip
+    low, high, tau = dict[str, Tensor](), dict[str, Tensor](), numbers.get("tau", 0.0)
+    for seed in range(4):
+        change = client(2, seed)
+        low, _ = OPTIMIZERS[kind](low, client(2, 9), change, **numbers)
+        high, _ = OPTIMIZERS[kind](high, client(6, 9), resized(change, 6), **numbers)
+    grown = scaled_up(low, 6, tau**2)
+    assert grown.keys() == high.keys()
+    for name, tensor in grown.items():
+        want, begun = high[name], tau**2 if kind != "momentum" and name.endswith("|v") else 0.0
+        if "lora_" in name:
+            side = 0 if "lora_A" in name else 1
+            tensor, new = tensor.tensor_split([2], side)
+            want = want.tensor_split([2], side)[0]
+            assert bool((new == begun).all())
+        assert torch.allclose(tensor, want, rtol=1e-4, atol=2e-5)
 
 
 def test_moments_follow_the_gradient_of_what_grew() -> None:

@@ -165,6 +165,26 @@ def without_factors(tensors: Mapping[str, Tensor]) -> Group:
     return {name: t for name, t in tensors.items() if A not in name and B not in name}
 
 
+def scaled_up(state: Mapping[str, Tensor], rank: int, fresh: float) -> Group:
+    """
+    A server optimizer's state (``<tunable>|<slot>``) for factors that grew to this rank.
+
+    It goes by changes of values, so B's follow B: as if all changes had been of what grew. New
+    components have no steps; fresh: what second moments start from.
+    """
+    found = {}
+    for name, tensor in state.items():
+        own, (tunable, _, slot) = rank_of({name: tensor}), name.partition("|")
+        squared = slot == "v" and f"{tunable}|m" in state
+        found[name] = resized({name: tensor}, rank)[name]
+        if squared and B in name:
+            found[name] *= rank / own
+        if squared and own:
+            new = found[name][own:] if A in name else found[name][:, own:]
+            new.fill_(fresh)
+    return found
+
+
 def moved(state: Mapping[str, Tensor], rank: int) -> Group:
     """
     An optimizer's state (``<tunable>|<slot>``) for tunables that are of this rank now.

@@ -70,7 +70,7 @@ class Parameters:
         """One round."""
         with ask.meter.step("a4"):
             shared, told = self.ranks.due(state, ask.round)
-        optimizer = kept_at(state.optimizer, state.shared, shared)
+        optimizer = kept_at(state.optimizer, state.shared, shared, self.options.server)
         ranks = {client: self.ranks.of(state, client, shared, ask.round) for client in cohort}
         shares = {client: (rank, self.ranks.names.get(client)) for client, rank in ranks.items()}
         given = {share: self.ranks.part(shared, *share) for share in set(shares.values())}

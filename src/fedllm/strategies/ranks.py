@@ -17,7 +17,19 @@ from torch import Tensor
 
 from fedllm import experiment as ex
 from fedllm.exchange import Want, like
-from fedllm.lora import A, B, best, excess, filled, grow, rank_of, resized, shrink, without_factors
+from fedllm.lora import (
+    A,
+    B,
+    best,
+    excess,
+    filled,
+    grow,
+    rank_of,
+    resized,
+    scaled_up,
+    shrink,
+    without_factors,
+)
 from fedllm.message import Message
 from fedllm.models.loading import LanguageModel
 from fedllm.models.slots import SPARSE, Masked
@@ -170,14 +182,17 @@ def _factored(
     return dict(sorted(found.items())), {REMAINDER_GAP: (left / whole) ** 0.5 if whole else 0.0}
 
 
-def kept_at(optimizer: Group, before: Group, now: Group) -> Group:
+def kept_at(optimizer: Group, before: Group, now: Group, server: ex.ServerStep) -> Group:
     """
     The server's optimizer for tunables that may be of another rank than before.
 
-    Of factors that are, it begins anew: steps at one rank say nothing of those at another.
+    It goes on through growth. Of factors that fell it begins anew: their basis is another.
     """
-    if rank_of(before) == rank_of(now):
+    own, rank = rank_of(before), rank_of(now)
+    if own == rank:
         return optimizer
+    if 0 < own < rank:
+        return scaled_up(optimizer, rank, getattr(server, "tau", 0.0) ** 2)
     return {n: t for n, t in without_factors(optimizer).items() if n.partition("|")[0] in now}
 
 

@@ -235,6 +235,15 @@ def test_flexlora_delivers_the_best_approximation_of_the_mean_product(
     assert torch.equal(result["head"], mean(heads, weights)["head"])
 
 
+@few
+@given(ranks=ranks_)
+def test_with_room_for_all_ranks_nothing_is_lost(ranks: list[int]) -> None:
+    """What FLoRA's stacking is for: the mean product itself, not its best approximation."""
+    updates = clients(*ranks)
+    found = UNEQUAL["flexlora"](updates, some(updates), client(sum(ranks), 99))
+    assert product_gap(updates, some(updates), found) < 1e-4
+
+
 def test_the_mean_product_is_exact_and_counts_each_rank() -> None:
     """Within 1e-6; without the alpha / r_k of each client it is another one."""
     updates = {c: {n: t / 8 for n, t in u.items()} for c, u in clients(1, 2, 1).items()}

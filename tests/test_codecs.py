@@ -260,11 +260,15 @@ def test_few_bytes_do_not_become_many() -> None:
     lying[size] = torch.tensor([10**8], dtype=torch.int32).view(torch.uint8)
     more = body.clone()
     more[size] = torch.tensor([MOST + 1], dtype=torch.int32).view(torch.uint8)
+    heavy = body.clone()
+    heavy[size] = torch.tensor([MOST], dtype=torch.int32).view(torch.uint8)
+    heavy[3] = 3  # float64
     level = torch.zeros(4, dtype=torch.uint8)
     drawn_by = torch.tensor([1, 2])
     for name, parts, said in (
         ("zstd", {"zstd": lying}, "4000 bytes packed for a tensor of 400000000"),
         ("zstd", {"zstd": more}, "is refused"),
+        ("zstd", {"zstd": heavy}, "bytes are refused"),
         ("zstd", {"zstd": torch.cat([body, body[9:]])}, "damaged"),
         ("zstd", {"zstd": body[:-3]}, "damaged"),
         ("topk-10", {"value": one, "index": one.int(), "shape": shape}, "1"),

@@ -97,6 +97,6 @@ def _read(data: memoryview) -> tuple[Layout, int]:
         if dims > 8 or math.prod(shape) > MOST or name in layout:
             raise FedllmError(f"a tensor of shape {shape[:8]} is refused")
         layout[name] = shape, KINDS[number]
-    if sum(math.prod(shape) for shape, _ in layout.values()) > 2 * MOST:
-        raise FedllmError(f"parts of more than {2 * MOST:,} numbers are refused")
+    if sum(math.prod(shape) * SIZE[kind] for shape, kind in layout.values()) > 4 * MOST:
+        raise FedllmError(f"parts of more than {4 * MOST:,} bytes are refused")
     return layout, place

@@ -25,8 +25,9 @@ MUTUAL = {
     "kind": "logits", "form": "top-k", "top_k": 16, "knowledge": "least-loss", "selective": True,
     "client_models": {"client-1": LLAMA},  # another model with another tokenizer
 }  # fmt: skip
+OWN = {"tunables": {"ranks": {"client-2": 2}, "modules": {"client-1": {"layers": [-1]}}}}
 STRATEGIES = [
-    pytest.param({"kind": "parameters"}, {}, id="parameters"),
+    pytest.param({"kind": "parameters", "aggregation": "normalized"}, OWN, id="parameters"),
     pytest.param({"kind": "logits"}, {}, id="logits"),
     # every message of an ordinary cut, and those of the crossings between
     pytest.param({"kind": "activations", "cut": 1, "inside": 2}, {}, id="activations"),
@@ -46,8 +47,9 @@ def stopping() -> Iterator[list[Sites]]:
 def test_a_run_over_processes_is_the_one_in_process(
     tmp_path: Path, strategy: dict[str, Any], more: dict[str, Any], stopping: list[Sites]
 ) -> None:
+    more = dict(more)
     spec = experiment(
-        rounds=2, strategy=strategy, tunables={"dropout": 0.1},
+        rounds=2, strategy=strategy, tunables={"dropout": 0.1, **more.pop("tunables", {})},
         training={"optimizer": "adam", "rate": 0.003, "optimizer_state": "keep"},
         simulation={"cohort": 1, "test_examples": 30}, **more,
     )  # fmt: skip

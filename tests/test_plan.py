@@ -647,6 +647,10 @@ def test_under_a_limit_a_codec_or_a_lower_rank_is_offered_with_its_price(
     assert advise.price(logits, spec) == (
         "logits instead of parameters, which the paper found more accurate",
     )
+    own = spec.replace(tunables=ex.Lora(rank=16, modules=(ex.Modules(layers=(1,)),)))
+    assert advise.price(advise.budget(some, cost[16, ""]), own) == (  # type: ignore[arg-type]
+        "one LoRA for all clients and rounds instead of tunables.modules",
+    )
 
 
 def test_machines_too_small_are_named() -> None:

@@ -205,6 +205,9 @@ def price(choice: Choice, experiment: ex.Experiment) -> tuple[str, ...]:
     size_ = getattr(experiment.tunables, key) if key else 0
     if choice.rank < size_:
         found.append(f"{key} {choice.rank} instead of {size_}: {choice.tunable:,} trained numbers")
+    spec = experiment.tunables
+    if isinstance(spec, ex.Lora) and spec.varies:
+        found.append(f"one LoRA for all clients and rounds instead of tunables.{spec.varies}")
     if choice.codec:
         roles = " and ".join(f"{role}s" for role in SENT[choice.strategy])
         found.append(f"{roles} as {choice.codec}: loses {loses(choice.codec)}")
